@@ -1,0 +1,1 @@
+"""Engines: runtimes that execute a target and its drafter behind one protocol."""

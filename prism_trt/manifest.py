@@ -1,0 +1,132 @@
+"""Manifests: what an artifact directory is, which files belong to it, and whether they are intact.
+
+Every directory this project writes (engine, feature cache, model repository) carries one JSON manifest. It is written
+last, inside a temporary sibling directory that is renamed into place, so a directory with a manifest is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from prism_trt.errors import PrismError
+
+FORMAT_VERSION = 1
+_CHUNK = 1 << 22
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file, read in 4 MiB pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_CHUNK):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Hex SHA-256 of a JSON value in canonical form (sorted keys, no spaces)."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+@contextmanager
+def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary sibling of `path` that replaces it when the block ends well and is deleted when it does not.
+
+    Raises:
+        PrismError: `path` exists and is not empty, and `overwrite` is false.
+    """
+    path = Path(path)
+    if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
+        raise PrismError(f"{path} already exists: choose another output path or pass --overwrite")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.exists():
+            path.unlink()
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling path whose file replaces `path` when the block ends well."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_manifest(directory: Path, name: str, kind: str, fields: dict[str, Any]) -> None:
+    """Write `directory/name` recording `kind`, `fields` and the SHA-256 and size of every other file below it."""
+    files = {
+        str(file.relative_to(directory)): {"sha256": sha256_file(file), "bytes": file.stat().st_size}
+        for file in sorted(directory.rglob("*"))
+        if file.is_file() and file.name != name
+    }
+    manifest = {"format": FORMAT_VERSION, "kind": kind, **fields, "files": files}
+    (directory / name).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def read_manifest(directory: Path, name: str, kind: str) -> dict[str, Any]:
+    """Read and check `directory/name`: format, kind, and that every file it lists exists with the recorded size.
+
+    Hashes are not computed here because engines are hundreds of megabytes; `verify_files` does that.
+
+    Raises:
+        PrismError: the directory or the manifest is missing, is not JSON, is of another kind or format, or a file is
+            missing or truncated.
+    """
+    directory = Path(directory)
+    path = directory / name
+    if not directory.is_dir():
+        raise PrismError(f"{directory} is not a directory: pass the path of a {kind}")
+    if not path.is_file():
+        raise PrismError(f"{directory} has no {name}, so it is not a {kind}: pass the directory that was built as one")
+    try:
+        manifest = json.loads(path.read_text())
+        found = (manifest["format"], manifest["kind"])
+        files = {str(file): int(entry["bytes"]) for file, entry in manifest["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PrismError(f"{path} is damaged ({type(error).__name__}: {error}): build the {kind} again") from None
+    if found != (FORMAT_VERSION, kind):
+        raise PrismError(
+            f"{path} describes a {found[1]} of format {found[0]}, but a {kind} of format {FORMAT_VERSION} is needed: "
+            "build it with this version"
+        )
+    for file, size in files.items():
+        actual = (directory / file).stat().st_size if (directory / file).is_file() else None
+        if actual != size:
+            state = "is missing" if actual is None else f"has {actual} bytes instead of {size}"
+            raise PrismError(f"{directory / file} {state}: build the {kind} again")
+    return manifest
+
+
+def verify_files(directory: Path, manifest: dict[str, Any]) -> None:
+    """Recompute the SHA-256 of every file in `manifest`.
+
+    Raises:
+        PrismError: a file differs from what was recorded.
+    """
+    for file, entry in manifest["files"].items():
+        if sha256_file(Path(directory) / file) != entry["sha256"]:
+            raise PrismError(f"{Path(directory) / file} is corrupted (its SHA-256 differs): build it again")
