@@ -61,7 +61,9 @@ class TargetOutput:
     features: Tensor
     """[B, T, F] float32 or bfloat16: what the drafter is fed (`last`: hidden states after the final norm)."""
     logits: Tensor | None
-    """[B, T, V] float32 for "all"; [B, 1, V] at each row's last valid token for "last"; None for "none"."""
+    """[B, T, V] float32 for "all"; [B, 1, V] at each row's last valid token for "last"; None for "none".
+
+    May be a view of a buffer that the engine's next call overwrites."""
     greedy: Tensor | None
     """[B, T] or [B, 1] int64: argmax of `logits`, ties to the lowest index."""
 
@@ -104,6 +106,8 @@ class Engine(Protocol):
     has_drafter: bool
     draft_vocab: Tensor | None
     """[D] int64 target ids of the draft vocabulary; None when the drafter predicts the whole vocabulary."""
+    default_tree: TreeShape
+    """The tree to draft when a request names none."""
 
     def forward(self, batch: TokenBatch, logits_for: LogitsFor = "all") -> TargetOutput:
         """Run the target, writing its K/V."""

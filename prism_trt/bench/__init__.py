@@ -1,0 +1,1 @@
+"""Measure acceptance length and decoding speed of an engine against its own vanilla decoding and against peers."""

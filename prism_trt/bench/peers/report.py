@@ -1,0 +1,50 @@
+"""Markdown and console tables of a comparison with peers."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from prism_trt.bench.peers.results import PeersResult
+
+HEADER = ("contestant", "version", "median tok/s", "pooled tok/s", "ratio [95 % CI]", "same output")
+
+
+def rows(result: PeersResult) -> list[tuple[str, ...]]:
+    """One row of `HEADER` per contestant."""
+    return [
+        (
+            peer.name,
+            peer.version,
+            f"{peer.median_tps:.1f}",
+            f"{peer.pooled_tps:.1f}",
+            f"{peer.ratio:.2f} [{peer.ratio_interval.low:.2f}, {peer.ratio_interval.high:.2f}]",
+            f"{peer.same_output:.0%}",
+        )
+        for peer in result.peers
+    ]
+
+
+def markdown(result: PeersResult) -> str:
+    """The result as one Markdown table with the settings that produced it."""
+    band = result.bandwidth_gb_s
+    lines = [
+        f"{result.prompts} prompts, {result.tokens} tokens each, batch 1, {result.threads} threads, greedy, interleaved; "
+        f"prefill left out. Ratio: {result.peers[0].name} over the contestant. Machine: "
+        f"{result.environment.processor}, memory bandwidth during the run {band.median:.0f} GB/s (from {band.low:.0f} "
+        f"to {band.high:.0f}).",
+        "",
+        "| " + " | ".join(HEADER) + " |",
+        "|" + " --- |" * len(HEADER),
+        *("| " + " | ".join(row) + " |" for row in rows(result)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def console_table(result: PeersResult) -> Table:
+    """The same rows for a terminal."""
+    table = Table(title=f"Decode speed at batch 1 (ratio: {result.peers[0].name} over the contestant)")
+    for index, name in enumerate(HEADER):
+        table.add_column(name, justify="left" if index < 2 else "right")
+    for row in rows(result):
+        table.add_row(*row)
+    return table

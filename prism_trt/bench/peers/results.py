@@ -1,0 +1,75 @@
+"""The peers' JSON."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from prism_trt.bench.peers.timing import Timing
+from prism_trt.bench.results import Bandwidth, EngineInfo, Environment, Interval
+from prism_trt.bench.statistics import pooled_ratio, resample, speedup, speedup_interval
+from prism_trt.config import StrictModel
+
+
+class PeerRecord(StrictModel):
+    """One contestant over all prompts."""
+
+    name: str
+    version: str
+    decode_tps: tuple[float, ...] = Field(description="per prompt, without prefill")
+    median_tps: float
+    pooled_tps: float
+    ratio: float = Field(description="pooled tokens per second of the base contestant / of this one")
+    ratio_interval: Interval = Field(description="95 % bootstrap interval over prompts")
+    same_output: float = Field(description="share of prompts answered with the base contestant's tokens")
+
+
+class PeersResult(StrictModel):
+    """One interleaved run of all contestants; the first one is the base of the ratios."""
+
+    kind: Literal["peers"] = "peers"
+    format: Literal[1] = 1
+    engine: EngineInfo
+    environment: Environment
+    bandwidth_gb_s: Bandwidth
+    prompts: int
+    tokens: int
+    threads: int
+    peers: tuple[PeerRecord, ...]
+
+
+def compare(
+    names: Sequence[str],
+    versions: Sequence[str],
+    timings: Sequence[Sequence[Timing]],
+    samples: int = 2000,
+    seed: int = 0,
+) -> tuple[PeerRecord, ...]:
+    """Records of contestants from `timings[contestant][prompt]`, each compared with contestant 0."""
+    tokens = [np.array([len(entry.tokens) - 1 for entry in runs], dtype=float) for runs in timings]
+    seconds = [np.array([entry.decode_seconds for entry in runs]) for runs in timings]
+    drawn = resample(["prompts"] * len(timings[0]), samples, seed)
+    records = []
+    for index, runs in enumerate(timings):
+        rates = tuple(entry.decode_tps for entry in runs)
+        paired = (tokens[0], seconds[0], tokens[index], seconds[index])
+        bounds = speedup_interval(*paired, drawn)
+        ratio, pooled = speedup(*paired), pooled_ratio(tokens[index], seconds[index])
+        assert bounds is not None and ratio is not None and pooled is not None
+        records.append(
+            PeerRecord(
+                name=names[index],
+                version=versions[index],
+                decode_tps=rates,
+                median_tps=statistics.median(rates),
+                pooled_tps=pooled,
+                ratio=ratio,
+                ratio_interval=Interval(low=bounds[0], high=bounds[1]),
+                same_output=sum(a.tokens == b.tokens for a, b in zip(runs, timings[0], strict=True)) / len(runs),
+            )
+        )
+    return tuple(records)

@@ -1,0 +1,110 @@
+"""Build an engine directory from a target and a drafter."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import prism_trt
+from prism_trt.build.latency import measure
+from prism_trt.build.profile import load_profile
+from prism_trt.config import TreeShape
+from prism_trt.drafter.checkpoint import load_drafter, save_drafter
+from prism_trt.drafter.model import Drafter
+from prism_trt.engines.cpu.files import choose_isa, open_files, unsupported, write_files
+from prism_trt.engines.loading import DRAFTER_DIRECTORY, TARGET_DIRECTORY, TOKENIZER_DIRECTORY, default_threads
+from prism_trt.engines.manifest import ENGINE_KIND, ENGINE_MANIFEST, EngineManifest
+from prism_trt.engines.protocol import Engine, EngineLimits
+from prism_trt.engines.torch_engine import TorchEngine
+from prism_trt.errors import PrismError
+from prism_trt.manifest import atomic_directory, sha256_file, write_manifest
+from prism_trt.target.loading import Target, load_target, save_hf
+
+
+def build_engine(
+    *,
+    profile: str = "cpu",
+    target: Path,
+    drafter: Path | None,
+    out: Path,
+    tree: TreeShape | None = None,
+    context: int | None = None,
+    slots: int | None = None,
+    overwrite: bool = False,
+    say: Callable[[str], None] = print,
+) -> EngineManifest:
+    """Build the engine of `profile` for `target` (HF directory or GGUF file) and `drafter` (checkpoint directory).
+
+    Args:
+        profile: name of a file in `build/`.
+        target: the model to reproduce.
+        drafter: its drafter; None builds an engine that can only decode plainly.
+        out: the engine directory; replaced only when `overwrite` is true, and never left half-written.
+        tree: default draft tree; the profile's when None.
+        context: K/V entries per request; the profile's (at most the target's own) when None.
+        slots: concurrent requests; the profile's when None.
+        overwrite: replace an existing `out`.
+        say: receives one-sentence remarks, such as falling back to torch.
+
+    Raises:
+        PrismError: bad input, or the drafter is not the target's.
+    """
+    settings = load_profile(profile)
+    with atomic_directory(out, overwrite) as directory:
+        model = load_target(target)
+        draft = load_drafter(drafter, model) if drafter is not None else None
+        longest = model.config.max_position_embeddings
+        if context is not None and context > longest:
+            raise PrismError(f"--context {context} is more than the {longest} positions of the target: choose a smaller one")
+        limits = EngineLimits(
+            slots=slots or settings.slots,
+            context=context or min(settings.context, longest),
+            tokens_per_call=settings.tokens_per_call,
+        )
+        model.tokenizer.save(directory / TOKENIZER_DIRECTORY)
+        reason = unsupported(model.config, draft.config if draft else None)
+        chosen = None if reason else choose_isa()
+        if chosen:
+            isa, compiler = chosen
+            write_files(directory, model, draft, limits.context, isa, compiler)
+            engine: Engine = open_files(directory, model.config, draft.config if draft else None, limits, default_threads())
+        else:
+            reason = reason or "there is no C++ compiler (install g++ for the fast engine)"
+            say(f"The engine runs on torch in float32, because {reason}.")
+            _write_torch_files(directory, model, draft)
+            engine = TorchEngine(model, draft, limits, torch.device("cpu"), torch.float32)
+        manifest = EngineManifest(
+            profile=settings.name,
+            runtime="cpp" if chosen else "torch",
+            dtype="bfloat16" if chosen else "float32",
+            isa=isa.name if chosen else None,
+            cpu_flags=tuple(sorted(isa.cpu_flags)) if chosen else (),
+            versions=_versions(compiler if chosen else None),
+            target=model.config,
+            target_fingerprint=model.fingerprint,
+            drafter=draft.config if draft else None,
+            drafter_sha256=sha256_file(drafter / "model.safetensors") if drafter is not None else None,
+            limits=limits,
+            default_tree=tree or settings.default_tree,
+            latency_ms=measure(engine),
+        )
+        write_manifest(directory, ENGINE_MANIFEST, ENGINE_KIND, manifest.model_dump(mode="json"))
+    return manifest
+
+
+def _write_torch_files(directory: Path, target: Target, drafter: Drafter | None) -> None:
+    save_hf(target, directory / TARGET_DIRECTORY)
+    if drafter is not None:
+        save_drafter(drafter, directory / DRAFTER_DIRECTORY)
+
+
+def _versions(compiler: str | None) -> dict[str, str]:
+    versions = {"prism_trt": prism_trt.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    if compiler is not None:
+        done = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
+        versions["compiler"] = done.stdout.splitlines()[0]
+    return versions

@@ -1,0 +1,1 @@
+"""A gRPC client of the server."""

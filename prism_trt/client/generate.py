@@ -1,0 +1,152 @@
+"""Streaming generation over gRPC."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import tritonclient.grpc as grpcclient
+from tritonclient.utils import InferenceServerException
+
+from prism_trt.errors import PrismError
+
+_CONNECT_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Options:
+    """One request's settings; None leaves the choice to the server."""
+
+    model: str = "prism"
+    max_tokens: int = 256
+    stream: bool = True
+    chat: bool = True
+    """Wrap the prompt in the model's chat template."""
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    timeout: float = 120.0
+    """Longest wait for the next piece of text, in seconds."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What the server reports at the end of a request."""
+
+    finish_reason: str
+    num_input_tokens: int
+    num_output_tokens: int
+    target_passes: int
+    drafted: int
+    accepted: int
+
+    @property
+    def acceptance_length(self) -> float:
+        """Output tokens per target pass."""
+        return self.num_output_tokens / max(1, self.target_passes)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of the answer; the last one carries the statistics."""
+
+    text: str
+    statistics: Statistics | None = None
+
+
+def stream_generate(url: str, prompt: str, options: Options | None = None) -> Iterator[Chunk]:
+    """Yield the answer to `prompt` piece by piece from the server at `url` (``host:port`` of its gRPC endpoint).
+
+    Closing the iterator early, as any exception does, cancels the request on the server.
+
+    Raises:
+        PrismError: the server cannot be reached, refuses the request, or is silent for `options.timeout` seconds.
+    """
+    options = options or Options()
+    responses: queue.Queue[tuple[grpcclient.InferResult | None, InferenceServerException | None]] = queue.Queue()
+    try:
+        client = grpcclient.InferenceServerClient(url)
+    except InferenceServerException as error:
+        raise PrismError(f"{url} is not a server address ({error.message()}): pass --url HOST:PORT") from None
+    try:
+        _check_server(client, url)
+        client.start_stream(lambda result, error: responses.put((result, error)))
+        client.async_stream_infer(options.model, _inputs(prompt, options))
+        while True:
+            try:
+                result, error = responses.get(timeout=options.timeout)
+            except queue.Empty:
+                raise PrismError(
+                    f"the server sent nothing for {options.timeout:g} s: check it, or allow more with --timeout"
+                ) from None
+            if error is not None:
+                raise PrismError(f"the server answered: {_sentence(error)}")
+            chunk = _chunk(result)
+            yield chunk
+            if chunk.statistics is not None:
+                return
+    finally:
+        client.stop_stream(cancel_requests=True)
+        client.close()
+
+
+def _check_server(client: grpcclient.InferenceServerClient, url: str) -> None:
+    try:
+        alive = client.is_server_ready(client_timeout=_CONNECT_SECONDS)
+    except InferenceServerException:
+        raise PrismError(
+            f"no server answers at {url}: start one with `python -m prism_trt.deploy --run`, or pass its address with --url"
+        ) from None
+    if not alive:
+        raise PrismError(f"the server at {url} is still starting or is shutting down: try again in a moment")
+
+
+def _inputs(prompt: str, options: Options) -> list[grpcclient.InferInput]:
+    values: dict[str, tuple[str, np.ndarray]] = {
+        "text_input": ("BYTES", np.array([[prompt.encode()]], dtype=np.object_)),
+        "max_tokens": ("INT32", np.array([[options.max_tokens]], dtype=np.int32)),
+        "stream": ("BOOL", np.array([[options.stream]])),
+        "chat": ("BOOL", np.array([[options.chat]])),
+        "exclude_input_in_output": ("BOOL", np.array([[True]])),
+    }
+    if options.temperature is not None:
+        values["temperature"] = ("FP32", np.array([[options.temperature]], dtype=np.float32))
+    if options.top_k is not None:
+        values["top_k"] = ("INT32", np.array([[options.top_k]], dtype=np.int32))
+    if options.top_p is not None:
+        values["top_p"] = ("FP32", np.array([[options.top_p]], dtype=np.float32))
+    if options.seed is not None:
+        values["seed"] = ("UINT64", np.array([[options.seed]], dtype=np.uint64))
+    if options.stop:
+        values["stop_words"] = ("BYTES", np.array([[word.encode() for word in options.stop]], dtype=np.object_))
+    inputs = []
+    for name, (data_type, array) in values.items():
+        tensor = grpcclient.InferInput(name, list(array.shape), data_type)
+        tensor.set_data_from_numpy(array)
+        inputs.append(tensor)
+    return inputs
+
+
+def _chunk(result: grpcclient.InferResult) -> Chunk:
+    text = result.as_numpy("text_output").item().decode()
+    if result.as_numpy("finish_reason") is None:
+        return Chunk(text)
+    numbers = {
+        field: int(result.as_numpy(name).item())
+        for field, name in (
+            ("num_input_tokens", "num_input_tokens"),
+            ("num_output_tokens", "num_output_tokens"),
+            ("target_passes", "num_target_passes"),
+            ("drafted", "total_draft_tokens"),
+            ("accepted", "total_accepted_draft_tokens"),
+        )
+    }
+    return Chunk(text, Statistics(finish_reason=result.as_numpy("finish_reason").item().decode(), **numbers))
+
+
+def _sentence(error: InferenceServerException) -> str:
+    return (error.message() or str(error)).strip().splitlines()[0]

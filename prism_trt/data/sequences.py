@@ -1,0 +1,25 @@
+"""An answered prompt, the unit of training data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class FeatureSequence:
+    """A conversation answered by the target."""
+
+    tokens: Tensor
+    """[n] int64: prompt, then answer."""
+    features: Tensor
+    """[n-1, F] bfloat16 or float32 target features of all tokens but the last."""
+    prompt_length: int
+    greedy: bool
+    """The answer was decoded greedily, so its tokens are the target's own first choices."""
+
+    @property
+    def roots(self) -> int:
+        """Rows that carry a loss; an answer of one token has none."""
+        return len(self.tokens) - self.prompt_length - 1

@@ -1,0 +1,1 @@
+"""Serving: the model repository, the Triton model and the server's launcher."""

@@ -1,0 +1,146 @@
+"""The process between a launcher and its `tritonserver`: it outlives neither and leaves nothing behind.
+
+Run as a script (``python -I -S keeper.py PLAN``) by `prism_trt.deploy.server`; uses the standard library only, so that it
+starts in milliseconds. It ends the server, with every process below it, when
+
+- it gets SIGTERM (a second one skips the grace period),
+- the launcher dies, however it dies,
+- a model process dies: Triton 2.51 would keep answering "ready" while open streams hang for ever.
+
+Afterwards it removes the server's shared memory and its runtime directory. Exit codes: 0 stopped on request, 1 the
+server ended by itself, 2 a model process died.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+STOPPED, SERVER_ENDED, MODEL_DIED = 0, 1, 2
+MODEL_PREFIX = "model-"
+"""A model process announces itself by creating ``<runtime>/model-<pid>``."""
+
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_SCAN_MILLISECONDS = 500
+_KILL_MARGIN_SECONDS = 2.0
+
+
+def prctl(option: int, value: int) -> None:
+    """Set a process attribute; Linux only."""
+    ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
+class Keeper:
+    """Owns one server process group. `plan` holds parent, command, runtime, shm_prefix and grace (seconds)."""
+
+    def __init__(self, plan: dict) -> None:
+        self.parent: int = plan["parent"]
+        self.runtime = Path(plan["runtime"])
+        self.shm_prefix: str = plan["shm_prefix"]
+        self.grace: float = plan["grace"]
+        self.poller = select.poll()
+        self.models: dict[int, str] = {}
+        """pidfd of each model process -> its announcement."""
+        self.signals = self._signal_pipe()
+        self.parent_fd = os.pidfd_open(self.parent)
+        # The server gets a session of its own (no Ctrl-C from the terminal) and dies with the keeper.
+        self.server = subprocess.Popen(
+            plan["command"],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGKILL),
+        )
+        self.server_fd = os.pidfd_open(self.server.pid)
+        for fd in (self.signals, self.parent_fd, self.server_fd):
+            self.poller.register(fd, select.POLLIN)
+
+    @staticmethod
+    def _signal_pipe() -> int:
+        reader, writer = os.pipe()
+        os.set_blocking(reader, False)
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer)
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        return reader
+
+    def run(self) -> int:
+        """Keep until something ends, then end everything. Returns the exit code."""
+        code = STOPPED
+        while os.getppid() == self.parent:
+            ended = {fd for fd, _ in self.poller.poll(_SCAN_MILLISECONDS)}
+            if self.server_fd in ended:
+                code = SERVER_ENDED
+                break
+            if ended & {self.signals, self.parent_fd}:
+                break
+            if dead := ended & self.models.keys():
+                code = self._after_model_death(self.models[dead.pop()])
+                break
+            self._watch_new_models()
+        if code == STOPPED:
+            self._stop_politely()
+        self._sweep()
+        return code
+
+    def _watch_new_models(self) -> None:
+        known = set(self.models.values())
+        for file in self.runtime.glob(MODEL_PREFIX + "*"):
+            if file.name not in known:
+                with contextlib.suppress(ProcessLookupError, ValueError):
+                    fd = os.pidfd_open(int(file.name[len(MODEL_PREFIX) :]))
+                    self.models[fd] = file.name
+                    self.poller.register(fd, select.POLLIN)
+
+    def _after_model_death(self, model: str) -> int:
+        # A server that is stopping by itself ends its model processes first.
+        waiter = select.poll()
+        waiter.register(self.server_fd, select.POLLIN)
+        if waiter.poll(1000 * _KILL_MARGIN_SECONDS):
+            return SERVER_ENDED
+        print(f"keeper: {model} died; stopping the server", file=sys.stderr, flush=True)
+        return MODEL_DIED
+
+    def _stop_politely(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self.signals, 1)
+        self.server.terminate()
+        waiter = select.poll()
+        waiter.register(self.server_fd, select.POLLIN)
+        waiter.register(self.signals, select.POLLIN)
+        # An open gRPC stream keeps the server alive past its own exit timeout.
+        waiter.poll(1000 * (self.grace + _KILL_MARGIN_SECONDS))
+
+    def _sweep(self) -> None:
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.server.pid, signal.SIGKILL)
+            try:
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass
+            except ChildProcessError:
+                break
+            time.sleep(0.01)
+        for region in Path("/dev/shm").glob(self.shm_prefix + "*"):
+            region.unlink(missing_ok=True)
+        shutil.rmtree(self.runtime, ignore_errors=True)
+
+
+def main() -> int:
+    """Read the plan from the first argument and keep."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    return Keeper(json.loads(sys.argv[1])).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

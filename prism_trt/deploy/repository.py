@@ -1,0 +1,152 @@
+"""Triton model repositories: one directory that holds the served model, its engine and a manifest."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from prism_trt import __version__
+from prism_trt.config import TreeShape
+from prism_trt.deploy.interface import INPUTS, MAX_BATCH_SIZE, OUTPUTS, Tensor
+from prism_trt.errors import PrismError
+from prism_trt.manifest import atomic_directory, read_manifest, write_manifest
+
+MANIFEST = "repository.json"
+KIND = "model repository"
+ENGINE_DIRECTORY = "engine"
+"""Name of the engine inside a model version."""
+
+_MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+_MODEL_PY = '''"""Triton entry point; everything is in the prism_trt package, which must be installed where the server runs."""
+
+try:
+    from prism_trt.deploy.triton_model import TritonPythonModel
+except ModuleNotFoundError as error:
+    raise ImportError(f"{error}: install prism-trt for the Python that Triton's model processes run on") from None
+
+__all__ = ["TritonPythonModel"]
+'''
+
+
+def write_repository(
+    engine: Path,
+    out: Path,
+    model_name: str = "prism",
+    *,
+    tree: str | None = None,
+    slots: int | None = None,
+    threads: int | None = None,
+    backlog: int = 256,
+    overwrite: bool = False,
+) -> Path:
+    """Write a model repository that serves `engine` at `out`; nothing appears at `out` unless all of it does.
+
+    Engine files are hard-linked where the file system allows it and copied otherwise; the result refers to no path
+    outside itself.
+
+    Args:
+        engine: engine directory.
+        out: new directory.
+        model_name: name under which clients address the model.
+        tree: draft tree as ``SIZE/WIDTH/DEPTH``, or ``none`` to decode without drafting; None: the engine's default.
+        slots: requests decoded together; None: all slots of the engine.
+        threads: CPU threads of the engine; None: the engine's default.
+        backlog: requests that may wait for a slot before further ones are refused as UNAVAILABLE.
+        overwrite: replace an existing `out`.
+
+    Returns:
+        `out`.
+
+    Raises:
+        PrismError: `engine` is not an intact engine, an argument is invalid, or `out` exists.
+    """
+    engine = Path(engine)
+    manifest = read_manifest(engine, "engine.json", "engine")
+    if not _MODEL_NAME.fullmatch(model_name):
+        raise PrismError(f"{model_name!r} cannot name a model: use letters, digits, dots, dashes and underscores")
+    if tree is not None and tree != "none":
+        TreeShape.parse(tree)
+    for name, value, least in (("slots", slots, 1), ("threads", threads, 1), ("backlog", backlog, 0)):
+        if value is not None and value < least:
+            raise PrismError(f"{name} must be at least {least}, not {value}")
+    parameters = {
+        "engine": ENGINE_DIRECTORY,
+        "backlog": str(backlog),
+        **{
+            name: str(value)
+            for name, value in (("tree", tree), ("slots", slots), ("threads", threads))
+            if value is not None
+        },
+    }
+    with atomic_directory(out, overwrite) as temporary:
+        version = temporary / model_name / "1"
+        version.mkdir(parents=True)
+        shutil.copytree(engine, version / ENGINE_DIRECTORY, copy_function=_link_or_copy)
+        (version / "model.py").write_text(_MODEL_PY)
+        (temporary / model_name / "config.pbtxt").write_text(model_config(model_name, parameters))
+        fields = {
+            "model": model_name,
+            "created_by": f"prism_trt {__version__}",
+            "engine": {key: value for key, value in manifest.items() if key not in ("files", "format", "kind")},
+            "parameters": parameters,
+        }
+        write_manifest(temporary, MANIFEST, KIND, fields)
+    return Path(out)
+
+
+def read_repository(repository: Path) -> dict[str, Any]:
+    """Read and check the manifest of a model repository.
+
+    Raises:
+        PrismError: as `prism_trt.manifest.read_manifest`, or the manifest names no model.
+    """
+    manifest = read_manifest(repository, MANIFEST, KIND)
+    if not isinstance(manifest.get("model"), str):
+        raise PrismError(f"{Path(repository) / MANIFEST} is damaged (it names no model): build the {KIND} again")
+    return manifest
+
+
+def model_config(model_name: str, parameters: dict[str, str]) -> str:
+    """The text of ``config.pbtxt``; complete, so that Triton need not run the model to complete it."""
+    quote = json.dumps
+    entries = "\n".join(
+        f"parameters {{ key: {quote(key)} value: {{ string_value: {quote(value)} }} }}"
+        for key, value in parameters.items()
+    )
+    return f"""name: {quote(model_name)}
+backend: "python"
+max_batch_size: {MAX_BATCH_SIZE}
+model_transaction_policy {{ decoupled: true }}
+dynamic_batching {{ max_queue_delay_microseconds: 0 }}
+instance_group [ {{ kind: KIND_AUTO count: 1 }} ]
+{entries}
+input [
+{_tensors(INPUTS)}
+]
+output [
+{_tensors(OUTPUTS)}
+]
+"""
+
+
+def _tensors(tensors: tuple[Tensor, ...]) -> str:
+    # Triton only counts required inputs; all are optional here so that the model can name the one that is missing.
+    inputs = tensors is INPUTS
+    return ",\n".join(
+        f'  {{ name: "{tensor.name}" data_type: TYPE_{tensor.type} dims: [ {tensor.size} ]'
+        f"{' optional: true' if inputs and not tensor.required else ''} }}"
+        for tensor in tensors
+    )
+
+
+def _link_or_copy(source: str, destination: str) -> str:
+    try:
+        os.link(source, destination)
+    except OSError:
+        shutil.copy2(source, destination)
+    return destination

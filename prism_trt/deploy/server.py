@@ -1,0 +1,322 @@
+"""Start, watch and stop the `tritonserver` of the `nvidia-pytriton` wheel.
+
+The wheel's server and stub are used as they are; pytriton's own Python code is not. Every server has a keeper process
+(`prism_trt.deploy.keeper`), so neither Ctrl-C nor the sudden death of the launcher leaves a process, a file or a shared
+memory region.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import http.client
+import importlib.util
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from prism_trt.client.generate import Options, stream_generate
+from prism_trt.deploy import keeper
+from prism_trt.deploy.repository import read_repository
+from prism_trt.errors import PrismError
+
+HOST = "127.0.0.1"
+RUNTIME_VARIABLE = "PRISM_TRT_RUNTIME"
+"""Environment variable that tells model processes where to announce themselves to the keeper."""
+
+_RESTRICTED = "shared-memory,model-repository,model-config,trace,logging,statistics"
+_POLL_SECONDS = 0.03
+_TAIL_LINES = 12
+_INSTALL = "install it with: pip install nvidia-pytriton 'numpy<2'"
+
+
+@dataclass(frozen=True)
+class TritonFiles:
+    """Where the parts of the server are."""
+
+    server: Path
+    backend: Path
+    stub: Path
+    libraries: Path
+
+
+def find_triton() -> TritonFiles:
+    """Locate the server inside the installed `nvidia-pytriton` wheel.
+
+    Raises:
+        PrismError: the wheel is missing, incomplete, or has no stub for this Python version.
+    """
+    spec = importlib.util.find_spec("pytriton")
+    if spec is None or not spec.submodule_search_locations:
+        raise PrismError(f"nvidia-pytriton, which holds the Triton server, is not installed: {_INSTALL}")
+    package = Path(next(iter(spec.submodule_search_locations)))
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    root = package / "tritonserver"
+    files = TritonFiles(
+        server=root / "bin" / "tritonserver",
+        backend=root / "backends" / "python",
+        stub=root / "python_backend_stubs" / version / "triton_python_backend_stub",
+        libraries=package.parent / "nvidia_pytriton.libs",
+    )
+    if sys.version_info[:2] not in ((3, 10), (3, 11), (3, 12)) or not files.stub.is_file():
+        raise PrismError(f"the Triton server cannot run models on Python {version}: use Python 3.10, 3.11 or 3.12")
+    for path in (files.server, files.backend, files.libraries):
+        if not path.exists():
+            raise PrismError(f"nvidia-pytriton is incomplete ({path} is missing): {_INSTALL} --force-reinstall")
+    return files
+
+
+def server_environment(files: TritonFiles) -> dict[str, str]:
+    """Environment in which the server's stub runs on this interpreter's packages."""
+    environment = dict(os.environ)
+    library_path = [sysconfig.get_config_var("LIBDIR") or "", str(files.libraries), environment.get("LD_LIBRARY_PATH", "")]
+    environment["LD_LIBRARY_PATH"] = ":".join(part for part in library_path if part)
+    environment["PATH"] = f"{Path(sys.prefix) / 'bin'}:{environment.get('PATH', os.defpath)}"
+    python_path = [str(Path(__file__).resolve().parents[2]), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = ":".join(part for part in python_path if part)
+    environment.pop("PYTHONHOME", None)
+    return environment
+
+
+def preflight(files: TritonFiles, environment: dict[str, str]) -> None:
+    """Refuse what Triton would answer with a hang or with corrupted tensors.
+
+    Raises:
+        PrismError: numpy 2 is installed, or the stub misses a shared library.
+    """
+    import numpy
+
+    if int(numpy.__version__.split(".")[0]) >= 2:
+        raise PrismError(f"this Triton server corrupts tensors with numpy {numpy.__version__}: pip install 'numpy<2'")
+    listing = subprocess.run(["ldd", str(files.stub)], env=environment, capture_output=True, text=True, check=False)
+    missing = [line.split()[0] for line in listing.stdout.splitlines() if "not found" in line]
+    if missing:
+        raise PrismError(
+            f"the Triton model process misses {', '.join(missing)}: use a Python built with a shared library, or install "
+            f"your system's libpython{sys.version_info.major}.{sys.version_info.minor} package"
+        )
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return probe.getsockname()[1]
+
+
+def check_port(port: int, option: str) -> None:
+    """Raises PrismError when `port` of the loopback interface cannot be bound."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except (OSError, OverflowError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not a port number"
+            raise PrismError(f"port {port} cannot be used ({reason}): choose another with {option}") from None
+
+
+class TritonServer:
+    """A running server over a model repository; a context manager.
+
+    Binds the loopback interface only and keeps the shared-memory and administration protocols behind `admin_key`, because
+    Triton 2.51 has known remote-code-execution flaws in them.
+
+    Args:
+        repository: directory written by `prism_trt.deploy.repository.write_repository`.
+        grpc_port, http_port, metrics_port: TCP ports; None picks a free one.
+        log: file that receives the server's output; None keeps it only for error messages.
+        start_timeout: seconds until the server must have generated its first token.
+        grace: seconds that open requests get when the server is stopped.
+    """
+
+    def __init__(
+        self,
+        repository: Path,
+        *,
+        grpc_port: int | None = None,
+        http_port: int | None = None,
+        metrics_port: int | None = None,
+        log: Path | None = None,
+        start_timeout: float = 60.0,
+        grace: float = 10.0,
+    ) -> None:
+        self.repository = Path(repository).absolute()
+        self.model_name: str = read_repository(self.repository)["model"]
+        self.admin_key = secrets.token_urlsafe(16)
+        self._ports = {"grpc": grpc_port, "http": http_port, "metrics": metrics_port}
+        self._log_path = log
+        self._log: IO[bytes] | None = None
+        self._start_timeout = start_timeout
+        self._grace = grace
+        self._keeper: subprocess.Popen[bytes] | None = None
+        self._runtime: Path | None = None
+
+    @property
+    def grpc_url(self) -> str:
+        """``host:port`` of the gRPC endpoint."""
+        return f"{HOST}:{self._ports['grpc']}"
+
+    @property
+    def http_url(self) -> str:
+        """Base URL of the HTTP endpoint."""
+        return f"http://{HOST}:{self._ports['http']}"
+
+    @property
+    def metrics_url(self) -> str:
+        """URL of the Prometheus page."""
+        return f"http://{HOST}:{self._ports['metrics']}/metrics"
+
+    def __enter__(self) -> TritonServer:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start the server and generate one token with it.
+
+        Raises:
+            PrismError: a preflight check failed, or the server did not become ready; the sentence is followed by the
+                end of the server's log.
+        """
+        files = find_triton()
+        environment = server_environment(files)
+        preflight(files, environment)
+        for name, port in self._ports.items():
+            if port is None:
+                self._ports[name] = free_port()
+            else:
+                check_port(port, f"--{name}-port")
+        try:
+            self._launch(files, environment)
+            self._await_ready()
+        except BaseException:
+            self.stop()
+            raise
+
+    def _launch(self, files: TritonFiles, environment: dict[str, str]) -> None:
+        try:
+            self._log = tempfile.TemporaryFile() if self._log_path is None else self._log_path.open("ab+")
+        except OSError as error:
+            raise PrismError(f"cannot write the log {self._log_path}: {error.strerror}") from None
+        self._runtime = Path(tempfile.mkdtemp(prefix="prism-trt-server-"))
+        backend = self._runtime / "backends" / "python"
+        backend.mkdir(parents=True)
+        for source in (*files.backend.iterdir(), files.stub):
+            (backend / source.name).symlink_to(source)
+        shm_prefix = f"prism_trt_{os.getpid()}_{secrets.token_hex(4)}_"
+        plan = {
+            "parent": os.getpid(),
+            "command": self._command(files, backend.parent, shm_prefix),
+            "runtime": str(self._runtime),
+            "shm_prefix": shm_prefix,
+            "grace": self._grace,
+        }
+        atexit.register(self.stop)
+        self._keeper = subprocess.Popen(
+            [sys.executable, "-I", "-S", keeper.__file__, json.dumps(plan)],
+            env={**environment, RUNTIME_VARIABLE: str(self._runtime)},
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def _command(self, files: TritonFiles, backends: Path, shm_prefix: str) -> list[str]:
+        options = {
+            "model-repository": self.repository,
+            "backend-directory": backends,
+            "backend-config": f"python,shm-region-prefix-name={shm_prefix}",
+            "disable-auto-complete-config": "true",
+            "allow-gpu-metrics": "false",
+            "exit-timeout-secs": max(1, round(self._grace)),
+            "grpc-restricted-protocol": f"{_RESTRICTED}:admin-key={self.admin_key}",
+            "http-restricted-api": f"{_RESTRICTED}:admin-key={self.admin_key}",
+        }
+        for name, port in self._ports.items():
+            options |= {f"{name}-port": port, f"{name}-address": HOST}
+        return [str(files.server), *(f"--{name}={value}" for name, value in options.items())]
+
+    def _await_ready(self) -> None:
+        deadline = time.monotonic() + self._start_timeout
+        while not self._http_ready():
+            if self._keeper is None or self._keeper.poll() is not None:
+                raise PrismError(f"the server could not start; the end of its log:\n{self.log_tail()}")
+            if time.monotonic() > deadline:
+                raise PrismError(
+                    f"the server was not ready within {self._start_timeout:g} s; the end of its log:\n{self.log_tail()}"
+                )
+            time.sleep(_POLL_SECONDS)
+        self.probe(timeout=max(1.0, deadline - time.monotonic()))
+
+    def _http_ready(self) -> bool:
+        connection = http.client.HTTPConnection(HOST, self._ports["http"] or 0, timeout=2)
+        try:
+            connection.request("GET", "/v2/health/ready")
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+
+    def probe(self, timeout: float = 10.0) -> None:
+        """Generate one token. The server's own health endpoint stays green when its model hangs; this does not.
+
+        Raises:
+            PrismError: no token came within `timeout` seconds.
+        """
+        options = Options(model=self.model_name, max_tokens=1, timeout=timeout)
+        for _ in stream_generate(self.grpc_url, "Hello", options):
+            pass
+
+    def log_tail(self, lines: int = _TAIL_LINES) -> str:
+        """The last `lines` lines of the server's output."""
+        if self._log is None:
+            return ""
+        size = os.fstat(self._log.fileno()).st_size
+        text = os.pread(self._log.fileno(), 16384, max(0, size - 16384)).decode(errors="replace")
+        return "\n".join(line for line in text.splitlines() if line.strip() and not line.startswith("+--"))[-16384:]
+
+    def wait(self) -> None:
+        """Block until the server ends.
+
+        Raises:
+            PrismError: it ended although nobody stopped it.
+        """
+        if self._keeper is None:
+            return
+        code = self._keeper.wait()
+        if code != keeper.STOPPED:
+            cause = "its model process died" if code == keeper.MODEL_DIED else "it ended by itself"
+            raise PrismError(f"the server is gone ({cause}); the end of its log:\n{self.log_tail()}")
+
+    def stop(self) -> None:
+        """End the server: open requests get the grace period, unless a second interrupt arrives meanwhile. Idempotent."""
+        process = self._keeper
+        if process is not None:
+            try:
+                process.terminate()
+                process.wait()
+            except BaseException:
+                process.terminate()
+                process.wait()
+                raise
+            self._keeper = None
+        atexit.unregister(self.stop)
+        if self._runtime is not None:
+            shutil.rmtree(self._runtime, ignore_errors=True)
+        if self._log is not None:
+            with contextlib.suppress(OSError):
+                self._log.close()
+            self._log = None

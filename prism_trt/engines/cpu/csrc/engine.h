@@ -1,0 +1,72 @@
+// The engine: weights, K/V pools, scratch, and the operations of prism_trt/engines/protocol.py.
+#pragma once
+
+#include <memory>
+
+#include "transformer.h"
+
+namespace prism {
+
+struct DraftTree {
+    int64_t *tokens, *parents, *depths;  // [rows][size]
+    uint8_t* mask;                       // [rows][size][size]
+    float* log_probs;                    // [rows][size]
+};
+
+// The `width` best continuations of each drafted row, best first, ties to the lower draft-vocabulary index.
+struct Ranking {
+    int width;
+    std::vector<float> log_probs;  // [rows][width]
+    std::vector<int> indices;      // [rows][width]
+};
+
+class Engine {
+public:
+    // Takes its own copy of `weights` in huge pages.
+    Engine(const Dims& dims, const int32_t* step_map, int steps, const int64_t* draft_vocab, const char* path);
+    ~Engine();
+    Engine(const Engine&) = delete;
+    Engine& operator=(const Engine&) = delete;
+
+    // `logits_for`: 0 none, 1 the last token of each row, 2 all. Outputs are padded like the inputs ("last": one per row).
+    void forward(Batch& batch, const int64_t* tokens, const int64_t* positions, int logits_for, bf16* features, float* logits,
+                 int64_t* greedy);
+    void commit(int rows, const int64_t* slots, const int64_t* lengths, const int64_t* accepted, const int64_t* counts, int stride);
+    void draft(Batch& batch, int step, const int64_t* tokens, const int64_t* positions, const bf16* hidden, bool last_only,
+               float* logits, bf16* hidden_out);
+    void draft_round(Batch& batch, const int64_t* tokens, const int64_t* positions, const bf16* features, int depth, int width,
+                     int size, DraftTree tree);
+
+    const Dims dims;
+
+private:
+    struct Mapping {
+        char* data;
+        size_t bytes;
+    };
+
+    Mapping allocate(size_t bytes);
+    const Module& module_of(int step) const { return modules_[step_map_[std::min<size_t>(step, step_map_.size() - 1)]]; }
+    void check(const Batch& batch, const int64_t* tokens, const int64_t* positions) const;
+    void run_draft(Batch& batch, int step, const int64_t* tokens, const int64_t* positions, const bf16* hidden, bool last_only,
+                   float* logits, bf16* hidden_out, Ranking* ranking);
+
+    Sizes sizes_, draft_sizes_;
+    std::vector<int> step_map_;
+    std::vector<int64_t> draft_vocab_;
+    std::vector<Mapping> mappings_;
+    const bf16* embedding_ = nullptr;
+    const float *rope_ = nullptr, *draft_rope_ = nullptr, *final_norm_ = nullptr;
+    std::vector<Block> blocks_;
+    std::vector<Module> modules_;
+    Matrix head_, draft_head_;
+    Pool pool_, draft_pool_;
+    std::unique_ptr<Scratch> scratch_, draft_scratch_;
+    std::vector<bf16> fused_;             // [tokens][2 * hidden]
+    std::vector<bf16> final_;             // [tokens][hidden] post-norm rows that go to the head
+    std::vector<std::vector<Best>> best_;  // per thread
+    std::vector<float> draft_logits_;     // of draft_round
+    Team team_;
+};
+
+}  // namespace prism

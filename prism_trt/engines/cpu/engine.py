@@ -1,0 +1,136 @@
+"""`CpuEngine`: the engine protocol on the compiled C++ library."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from prism_trt.config import TreeShape
+from prism_trt.engines.cpu.library import Dims, Library
+from prism_trt.engines.protocol import DraftOutput, EngineLimits, LogitsFor, TargetOutput, TokenBatch, Tree
+
+_LOGITS_FOR = {"none": 0, "last": 1, "all": 2}
+
+
+class CpuEngine:
+    """Target and drafter of one weight file on this machine's processor.
+
+    `TargetOutput.logits` and `DraftOutput.logits` are views of buffers that the next call overwrites.
+    """
+
+    device = torch.device("cpu")
+    default_tree = TreeShape()
+
+    def __init__(self, library: Path, weights: Path, dims: Dims, step_map: Sequence[int], draft_vocab: Tensor | None) -> None:
+        """Load the compiled `library` with `weights`; `draft_vocab` [D] int64 maps draft ids to target ids.
+
+        Raises:
+            PrismError: the library or the weights do not load.
+        """
+        self.draft_vocab = draft_vocab
+        self.has_drafter = dims.modules > 0
+        self.limits = EngineLimits(slots=dims.slots, context=dims.context, tokens_per_call=dims.tokens)
+        self.vocab_size = dims.vocab
+        self.hidden_size = self.feature_size = dims.hidden
+        self._draft_size = dims.draft_vocab
+        identity = range(dims.draft_vocab) if draft_vocab is None else draft_vocab.tolist()
+        self._library = Library(library, dims, step_map, identity, weights)
+        self.isa = self._library.isa
+        self.threads = dims.threads
+        self._logits = torch.empty(0)
+        self._draft_logits = torch.empty(0)
+
+    def forward(self, batch: TokenBatch, logits_for: LogitsFor = "all") -> TargetOutput:
+        """See `prism_trt.engines.protocol.Engine.forward`; features are bfloat16.
+
+        Raises:
+            PrismError: the batch exceeds the engine's limits.
+        """
+        rows, stride = batch.tokens.shape
+        call = _BatchArguments(batch)
+        features = torch.empty(rows, stride, self.feature_size, dtype=torch.bfloat16)
+        logits = greedy = None
+        if logits_for != "none":
+            outputs = stride if logits_for == "all" else 1
+            logits = self._logits = _at_least(self._logits, rows * outputs * self.vocab_size)
+            logits = logits[: rows * outputs * self.vocab_size].view(rows, outputs, self.vocab_size)
+            greedy = torch.zeros(rows, outputs, dtype=torch.int64)
+        self._library.call(
+            "prism_forward",
+            *call.arguments,
+            _LOGITS_FOR[logits_for],
+            features.data_ptr(),
+            None if logits is None else logits.data_ptr(),
+            None if greedy is None else greedy.data_ptr(),
+        )
+        return TargetOutput(features, logits, greedy)
+
+    def commit(self, slots: Tensor, lengths: Tensor, accepted: Tensor, counts: Tensor) -> None:
+        """See `prism_trt.engines.protocol.Engine.commit`."""
+        slots, lengths, accepted, counts = (tensor.contiguous() for tensor in (slots, lengths, accepted, counts))
+        pointers = (slots.data_ptr(), lengths.data_ptr(), accepted.data_ptr(), counts.data_ptr())
+        self._library.call("prism_commit", accepted.shape[0], *pointers, accepted.shape[1])
+
+    def extend(self, batch: TokenBatch, features: Tensor) -> DraftOutput:
+        """See `prism_trt.engines.protocol.Engine.extend`."""
+        return self._draft(0, batch, features, last_only=True)
+
+    def step(self, k: int, batch: TokenBatch, hidden: Tensor) -> DraftOutput:
+        """See `prism_trt.engines.protocol.Engine.step`."""
+        return self._draft(k, batch, hidden, last_only=False)
+
+    def _draft(self, k: int, batch: TokenBatch, hidden: Tensor, last_only: bool) -> DraftOutput:
+        rows, stride = batch.tokens.shape
+        outputs = 1 if last_only else stride
+        call = _BatchArguments(batch)
+        hidden = hidden.to(torch.bfloat16).contiguous()
+        size = rows * outputs * self._draft_size
+        self._draft_logits = _at_least(self._draft_logits, size)
+        logits = self._draft_logits[:size].view(rows, outputs, self._draft_size)
+        hidden_out = torch.empty(rows, outputs, self.hidden_size, dtype=torch.bfloat16)
+        self._library.call(
+            "prism_draft", *call.arguments, k, hidden.data_ptr(), int(last_only), logits.data_ptr(), hidden_out.data_ptr()
+        )
+        return DraftOutput(logits, hidden_out)
+
+    def draft_round(self, batch: TokenBatch, features: Tensor, shape: TreeShape) -> Tree:
+        """See `prism_trt.engines.protocol.FusedDraftEngine.draft_round`."""
+        rows, stride = batch.tokens.shape
+        call = _BatchArguments(batch)
+        features = features.to(torch.bfloat16).contiguous()
+        integers = torch.empty(3, rows, shape.size, dtype=torch.int64)
+        mask = torch.empty(rows, shape.size, shape.size, dtype=torch.bool)
+        log_probs = torch.empty(rows, shape.size)
+        tokens, parents, depths = integers
+        tree = Tree(tokens, parents, depths, mask, log_probs)
+        self._library.call(
+            "prism_draft_round",
+            *(rows, *call.arguments[1:4], stride, *call.arguments[7:9]),
+            features.data_ptr(),
+            *(shape.depth, shape.width, shape.size),
+            *(tensor.data_ptr() for tensor in (tokens, parents, depths, mask, log_probs)),
+        )
+        return tree
+
+
+class _BatchArguments:
+    """The C arguments of a `TokenBatch`; holds the tensors so that the pointers stay valid during the call."""
+
+    def __init__(self, batch: TokenBatch) -> None:
+        rows, stride = batch.tokens.shape
+        tensors = (batch.slots, batch.lengths, batch.counts, batch.tokens, batch.positions)
+        slots, lengths, counts, tokens, positions = self._alive = tuple(tensor.contiguous() for tensor in tensors)
+        self._mask = None if batch.mask is None else batch.mask.contiguous()
+        self.arguments: tuple[int | None, ...] = (
+            *(rows, slots.data_ptr(), lengths.data_ptr(), counts.data_ptr(), stride, batch.offset),
+            None if self._mask is None else self._mask.data_ptr(),
+            *(tokens.data_ptr(), positions.data_ptr()),
+        )
+
+
+def _at_least(buffer: Tensor, size: int) -> Tensor:
+    """`buffer`, or a new float32 buffer when it holds fewer than `size` elements."""
+    return buffer if buffer.numel() >= size else torch.empty(size)

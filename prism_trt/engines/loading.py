@@ -1,0 +1,81 @@
+"""Open engine directories, or make an engine straight from a loaded model."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from prism_trt.engines.cpu.files import choose_isa, open_files, open_temporary, unsupported
+from prism_trt.engines.cpu.library import cpu_flags
+from prism_trt.engines.manifest import read_engine_manifest
+from prism_trt.engines.protocol import Engine, EngineLimits
+from prism_trt.errors import PrismError
+from prism_trt.target.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from prism_trt.drafter.model import Drafter
+    from prism_trt.target.loading import Target
+
+TOKENIZER_DIRECTORY, TARGET_DIRECTORY, DRAFTER_DIRECTORY = "tokenizer", "target", "drafter"
+_MOST_THREADS = 16
+
+
+def default_threads() -> int:
+    """Processors this process may use, at most 16: decoding is bound by memory long before that."""
+    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, _MOST_THREADS)
+
+
+def load_engine(path: Path, threads: int | None = None, slots: int | None = None) -> Engine:
+    """Load the engine directory `path`.
+
+    Args:
+        path: what `prism_trt.build` wrote.
+        threads: compute threads; `default_threads()` when None.
+        slots: concurrent requests; the manifest's limit when None.
+
+    Raises:
+        PrismError: the directory is not a sound engine, or was compiled for a processor with other instructions.
+    """
+    path = Path(path)
+    manifest = read_engine_manifest(path)
+    threads = threads or default_threads()
+    limits = replace(manifest.limits, slots=slots or manifest.limits.slots)
+    if missing := sorted(set(manifest.cpu_flags) - cpu_flags()):
+        raise PrismError(
+            f"{path} was compiled for a processor with {', '.join(missing)}, which this one lacks: build the engine here"
+        )
+    if manifest.runtime == "cpp":
+        engine = open_files(path, manifest.target, manifest.drafter, limits, threads)
+        engine.default_tree = manifest.default_tree
+        return engine
+
+    from prism_trt.drafter.checkpoint import load_drafter
+    from prism_trt.engines.torch_engine import TorchEngine
+    from prism_trt.target.loading import load_target
+
+    torch.set_num_threads(threads)
+    target = load_target(path / TARGET_DIRECTORY)
+    drafter = load_drafter(path / DRAFTER_DIRECTORY, target) if manifest.drafter else None
+    torch_engine = TorchEngine(target, drafter, limits, torch.device("cpu"), torch.float32)
+    torch_engine.default_tree = manifest.default_tree
+    return torch_engine
+
+
+def load_engine_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of the engine directory `path`."""
+    return Tokenizer.load(Path(path) / TOKENIZER_DIRECTORY)
+
+
+def make_engine(target: Target, drafter: Drafter | None, limits: EngineLimits, threads: int | None = None) -> Engine:
+    """An engine for a loaded model without an engine directory: compiled where possible, else torch in float32."""
+    chosen = choose_isa()
+    if chosen and not unsupported(target.config, drafter.config if drafter else None):
+        return open_temporary(target, drafter, limits, threads or default_threads(), *chosen)
+
+    from prism_trt.engines.torch_engine import TorchEngine
+
+    return TorchEngine(target, drafter, limits, torch.device("cpu"), torch.float32)

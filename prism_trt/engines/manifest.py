@@ -1,0 +1,58 @@
+"""`engine.json`: what an engine directory was built from and for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from prism_trt.config import DrafterConfig, StrictModel, TreeShape, parse
+from prism_trt.engines.protocol import EngineLimits
+from prism_trt.manifest import read_manifest
+from prism_trt.target.config import TargetConfig
+
+ENGINE_MANIFEST = "engine.json"
+ENGINE_KIND = "engine"
+
+Runtime = Literal["cpp", "torch"]
+
+
+class LatencyTable(StrictModel):
+    """Measured milliseconds of one call on the machine that built the engine, for one request."""
+
+    context: int
+    """Committed K/V entries during the measurement."""
+    forward: dict[int, float]
+    """Target pass by tokens."""
+    draft_round: dict[str, float]
+    """Whole draft round by tree (SIZE/WIDTH/DEPTH); empty without a drafter."""
+
+
+class EngineManifest(StrictModel):
+    """The engine's own fields of `engine.json`."""
+
+    profile: str
+    runtime: Runtime
+    dtype: Literal["bfloat16", "float32"]
+    isa: str | None
+    """Instruction set of the compiled library; None for the torch runtime."""
+    cpu_flags: tuple[str, ...]
+    """Processor features the library needs."""
+    versions: dict[str, str]
+    target: TargetConfig
+    target_fingerprint: str
+    drafter: DrafterConfig | None
+    drafter_sha256: str | None
+    limits: EngineLimits
+    default_tree: TreeShape
+    latency_ms: LatencyTable
+
+
+def read_engine_manifest(path: Path) -> EngineManifest:
+    """Read and check the manifest of the engine directory `path`.
+
+    Raises:
+        PrismError: it is missing, damaged, of another version, or a file of the engine is missing or truncated.
+    """
+    values: dict[str, Any] = read_manifest(path, ENGINE_MANIFEST, ENGINE_KIND)
+    fields = {key: value for key, value in values.items() if key not in ("format", "kind", "files")}
+    return parse(EngineManifest, fields, str(Path(path) / ENGINE_MANIFEST))

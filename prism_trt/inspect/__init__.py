@@ -1,0 +1,1 @@
+"""Say what a file or directory is and whether it is sound."""

@@ -1,0 +1,1 @@
+"""Speculative decoding on any `Engine`: trees, verification, sampling, the decoding loop."""

@@ -1,0 +1,1 @@
+"""Targets: the LLaMA-family models whose output is reproduced."""

@@ -1,0 +1,117 @@
+"""What a training run shows: a progress line, TensorBoard scalars."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from prism_trt.progress import Reporter
+from prism_trt.train.loop import Measurement, UpdateReport
+from prism_trt.train.simulate import SimulatedAcceptance
+from prism_trt.train.stages import Stage
+
+_SMOOTHING = 0.05
+
+
+class ProgressObserver:
+    """Keeps the progress line current and prints each simulated acceptance length."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+        self._planned: list[Stage] = []
+        self._rate = 0.0
+        self._measured: Measurement | None = None
+
+    def started(self, planned: list[Stage], stage: int, update: int) -> None:
+        self._planned = planned
+        self._reporter.advance(sum(earlier.updates for earlier in planned[:stage]) + update)
+        if stage or update:
+            print(f"continuing stage {planned[stage].name} after update {update}", file=sys.stderr, flush=True)
+
+    def updated(self, report: UpdateReport) -> None:
+        rate = report.rows / report.seconds
+        self._rate += (_SMOOTHING if self._rate else 1.0) * (rate - self._rate)
+        self._measured = report.measured or self._measured
+        self._reporter.describe(self._line(report))
+        self._reporter.advance()
+
+    def simulated(self, stage: Stage, update: int, acceptance: SimulatedAcceptance) -> None:
+        steps = " ".join(f"{share:.3f}" for share in acceptance.top1)
+        print(
+            f"{stage.name} {update}/{stage.updates}: simulated acceptance length {acceptance.chain:.3f} "
+            f"(top-4 {acceptance.chain_top4:.3f}), right per step {steps}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def _line(self, report: UpdateReport) -> str:
+        work = report.rows / self._rate
+        later = sum(stage.updates * stage.steps for stage in self._planned[report.stage.number + 1 :])
+        left = work * (report.stage.updates - report.update + later / report.stage.steps)
+        parts = [report.stage.name, f"{self._rate:,.0f} rows/s", f"about {_clock(left)} left"]
+        if self._measured is not None:
+            first = f"top-1 {self._measured.agreement[0]:.3f}"
+            parts[1:1] = [f"loss {self._measured.loss:.4f}", f"CE {self._measured.cross_entropy[0]:.3f}", first]
+        return ", ".join(parts)
+
+
+class TensorBoardObserver:
+    """Writes TensorBoard scalars; a continued run overwrites what the interrupted one logged past its checkpoint."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._writer: SummaryWriter | None = None
+        self._offsets: list[int] = []
+
+    def started(self, planned: list[Stage], stage: int, update: int) -> None:
+        self._offsets = [sum(earlier.updates for earlier in planned[:number]) for number in range(len(planned))]
+        self._writer = SummaryWriter(str(self._directory), purge_step=self._offsets[stage] + update + 1)
+
+    def updated(self, report: UpdateReport) -> None:
+        if report.measured is None:
+            return
+        step = self._offsets[report.stage.number] + report.update
+        self._scalars(
+            step,
+            {
+                "train/loss": report.measured.loss,
+                "train/hidden_loss": report.measured.hidden,
+                "train/learning_rate": report.lr,
+                "train/gradient_norm": report.gradient_norm,
+                "train/rows_per_second": report.rows / report.seconds,
+            },
+        )
+        for k, (entropy, agreement) in enumerate(
+            zip(report.measured.cross_entropy, report.measured.agreement, strict=True)
+        ):
+            self._scalars(step, {f"train/cross_entropy/step_{k}": entropy, f"train/top1/step_{k}": agreement})
+
+    def simulated(self, stage: Stage, update: int, acceptance: SimulatedAcceptance) -> None:
+        step = self._offsets[stage.number] + update
+        self._scalars(
+            step,
+            {
+                "simulated/acceptance_length": acceptance.chain,
+                "simulated/acceptance_length_top4": acceptance.chain_top4,
+            },
+        )
+        for k, share in enumerate(acceptance.top1):
+            self._scalars(step, {f"simulated/top1/step_{k}": share})
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        if self._writer is not None:
+            self._writer.close()
+
+    def _scalars(self, step: int, values: dict[str, float]) -> None:
+        assert self._writer is not None
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step, walltime=time.time())
+
+
+def _clock(seconds: float) -> str:
+    minutes = int(seconds) // 60
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {int(seconds) % 60:02d} s"

@@ -1,0 +1,90 @@
+"""The acceptance length a drafter would have, simulated without decoding.
+
+On greedy answers the target's first choice is the next token, so teacher forcing tells which drafts would be accepted.
+The forward pass is the aligned one, which equals serving; a drafter that looks good here is good when it serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from prism_trt.drafter.model import Drafter
+from prism_trt.train.alignment import aligned_steps
+from prism_trt.train.batch import PackedBatch
+from prism_trt.train.losses import CHUNK_ROWS
+
+STEPS = 5
+CHOICES = 4
+
+
+@dataclass(frozen=True)
+class SimulatedAcceptance:
+    """Acceptance of a chain of 5 steps over all roots that have 5 following tokens."""
+
+    roots: int
+    top1: tuple[float, ...]
+    """Per step: share of roots whose first choice is right given the true tokens before it."""
+    top4: tuple[float, ...]
+    """The same for the true token being among the first four choices."""
+    chain: float
+    """Acceptance length of a greedy chain: 1 + the mean number of leading right steps."""
+    chain_top4: float
+    """The same when each step counts as right by its first four choices: a bound for trees of width 4."""
+
+
+@torch.inference_mode()
+def simulate_acceptance(
+    drafter: Drafter, embedding: Tensor, head: Tensor, batches: Iterable[PackedBatch], compute: torch.dtype
+) -> SimulatedAcceptance:
+    """Simulate on packed greedy answers.
+
+    Args:
+        embedding: [V, H] the target's embedding table.
+        head: [D, H] the target's head rows that `drafter` predicts with.
+        compute: dtype of the matrix products.
+    """
+    hits: list[Tensor] = []
+    for batch in batches:
+        usable = batch.remaining >= STEPS - 1
+        with torch.autocast("cpu", torch.bfloat16, enabled=compute == torch.bfloat16):
+            hidden = aligned_steps(drafter, embedding, batch, STEPS)
+        ranks = []
+        for step, states in enumerate(hidden):
+            labels = batch.next_tokens.roll(-step)[usable]
+            ranks.append(_ranks(states[usable].to(head.dtype), head, _drafted(drafter, labels)))
+        hits.append(torch.stack(ranks, dim=1))
+    ranks_all = torch.cat(hits) if hits else torch.zeros(0, STEPS, dtype=torch.int64)
+    first, four = (ranks_all < 1).double(), (ranks_all < CHOICES).double()
+    count = max(1, len(ranks_all))
+    return SimulatedAcceptance(
+        roots=len(ranks_all),
+        top1=tuple((first.sum(0) / count).tolist()),
+        top4=tuple((four.sum(0) / count).tolist()),
+        chain=1 + float(first.cumprod(1).sum()) / count,
+        chain_top4=1 + float(four.cumprod(1).sum()) / count,
+    )
+
+
+def _drafted(drafter: Drafter, labels: Tensor) -> Tensor:
+    """Indices of `labels` in the draft vocabulary, -1 for those outside."""
+    vocab = drafter.draft_vocab
+    if vocab is None:
+        return labels
+    index = torch.searchsorted(vocab, labels).clamp(max=len(vocab) - 1)
+    return torch.where(vocab[index] == labels, index, -1)
+
+
+def _ranks(states: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+    """[n] int64: how many tokens score higher than the label; a label of -1 ranks last."""
+    ranks = []
+    for first in range(0, len(states), CHUNK_ROWS):
+        part = labels[first : first + CHUNK_ROWS]
+        logits = functional.linear(states[first : first + CHUNK_ROWS], head)
+        own = logits.gather(1, part.clamp(min=0).unsqueeze(1))
+        ranks.append(torch.where(part < 0, head.shape[0], (logits > own).sum(1)))
+    return torch.cat(ranks) if ranks else torch.zeros(0, dtype=torch.int64)
