@@ -65,7 +65,7 @@ class TreeShape(StrictModel):
     def _size_is_reachable(self) -> TreeShape:
         drafted = self.width + (self.depth - 1) * self.width**2
         if self.size - 1 > drafted:
-            raise ValueError(f"size {self.size} needs {self.size - 1} drafted nodes but this tree drafts only {drafted}")
+            raise ValueError(f"size {self.size} needs {self.size - 1} drafted nodes but the tree drafts only {drafted}")
         return self
 
     @classmethod
@@ -158,7 +158,7 @@ class TrainConfig(StrictModel):
     clip: float = Field(1.0, gt=0, description="gradients are scaled to at most this norm")
     compute: Literal["bfloat16", "float32"] = Field("bfloat16", description="dtype of the matrix products")
     seed: int = Field(0, ge=0, description="seed of initialisation, data order and noise")
-    hold_back: int = Field(64, ge=0, description="greedy answers kept out of training to simulate the acceptance length")
+    hold_back: int = Field(64, ge=0, description="greedy answers held back to simulate the acceptance length")
     save_every: int = Field(500, ge=1, description="updates between checkpoints")
     simulate_every: int = Field(500, ge=1, description="updates between simulations of the acceptance length")
     log_every: int = Field(20, ge=1, description="updates between measurements of loss and accuracy")

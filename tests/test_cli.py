@@ -40,7 +40,9 @@ def one_command(error: BaseException | None) -> typer.Typer:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_python_dash_m_shows_help(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_python_dash_m_shows_help(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys, "argv", [f"python -m prism_trt.{name}", "--help"])
     with pytest.raises(SystemExit) as ended:
         runpy.run_module(f"prism_trt.{name}", run_name="__main__", alter_sys=True)

@@ -43,7 +43,7 @@ def test_tree_accepts_exactly_what_can_be_drafted(depth: int, width: int, size: 
         assert (shape.size, shape.width, shape.depth) == (size, width, depth)
         assert str(shape) == text
     else:
-        with pytest.raises(PrismError, match=f"this tree drafts only {drafted}"):
+        with pytest.raises(PrismError, match=f"the tree drafts only {drafted}"):
             TreeShape.parse(text)
 
 

@@ -132,3 +132,13 @@ def test_readme_figures_are_the_measured_ones() -> None:
     assert [line for line in shown if line in expected] == expected, "the README must hold\n" + "\n".join(expected)
     speeds = [line for line in shown if "tok/s" in line]
     assert speeds == expected[:1]
+
+
+def test_verification_names_tests_that_exist() -> None:
+    text = (ROOT / "docs" / "verification.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", text)
+    assert len(named) > 10
+    for path, test in named:
+        source = ROOT / path
+        assert source.is_file(), path
+        assert not test or f"def {test}(" in source.read_text(encoding="utf-8"), f"{path}::{test}"

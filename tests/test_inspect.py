@@ -253,7 +253,7 @@ def test_unfinished_cache(tmp_path: Path, originals: Path) -> None:
 def test_unknown_things_are_refused(tmp_path: Path) -> None:
     with pytest.raises(PrismError, match="nothing does not exist"):
         inspect_path(tmp_path / "nothing")
-    with pytest.raises(PrismError, match="is none of target .* and model repository: pass the directory"):
+    with pytest.raises(PrismError, match=r"is none of target .* and model repository: pass the directory"):
         inspect_path(tmp_path)
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(PrismError, match="is none of target"):

@@ -15,13 +15,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 FORBIDDEN = {
-    # Each is put together from pieces so that this file does not contain what it looks for.
-    "a path of one machine": r"(?<![\w.])/" r"(work|farm|root|opt/v|opt/wheels|opt/pypi|home/\w+)(/|\b)",
-    "a place outside the project": r"\.\./" r"shared|DEVELOPERS" r"\.md|CONTRACTS" r"\.md",
-    "a registry": r"pypi" r"\.org|python" r"hosted\.org|download\.pytorch" r"\.org|nvcr" r"\.io/v2",
-    "who wrote it": r"(?i)\bsub-?" r"agents?\b|\bhelper " r"[A-F]\b",
-    "unfinished work": r"\b(TO" r"DO|FIX" r"ME|XX" r"X|Not" r"ImplementedError)\b",
-    "a test that does not count": r"pytest\.(ski" r"p|xfai" r"l)|mark\.(ski" r"p|xfai" r"l)|assert Tru" r"e\b|Magic" r"Mock",
+    # One letter of each is in brackets so that this file does not contain what it looks for.
+    "a path of one machine": r"(?<![\w.])/(wor[k]|far[m]|roo[t]|op[t]/v|op[t]/wheels|op[t]/pypi|hom[e]/\w+)(/|\b)",
+    "a place outside the project": r"[.][.]/share[d]|DEVELOPERS[.]md|CONTRACTS[.]md",
+    "a registry": r"pypi[.]org|pythonhosted[.]org|download[.]pytorch[.]org",
+    "who wrote it": r"(?i)\bsub-?agen[t]s?\b|\bhelper [A-F]\b",
+    "unfinished work": r"\b(TOD[O]|FIXM[E]|XX[X]|NotImplemente[d]Error)\b",
+    "a test that does not count": r"pytest[.](ski[p]|xfai[l])|mark[.](ski[p]|xfai[l])|assert Tru[e]\b|MagicMoc[k]",
 }
 
 
@@ -77,19 +77,19 @@ def test_nothing_forbidden_is_in_the_project() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "line"),
+    ("name", "pieces"),
     [
-        ("a path of one machine", "cd /" + "work/main"),
-        ("a path of one machine", 'Path("/' + 'opt/v/venv")'),
-        ("a place outside the project", "see ../" + "shared/design"),
-        ("a registry", "https://" + "pypi" + ".org/simple"),
-        ("unfinished work", "# TO" + "DO: later"),
-        ("a test that does not count", "@pytest.mark.ski" + "p"),
+        ("a path of one machine", ("cd /", "work/main")),
+        ("a path of one machine", ('Path("/', 'opt/v/venv")')),
+        ("a place outside the project", ("see ..", "/shared/design")),
+        ("a registry", ("https://pypi", ".org/simple")),
+        ("unfinished work", ("# TO", "DO: later")),
+        ("a test that does not count", ("@pytest.mark.", "skip")),
     ],
 )
-def test_the_patterns_find_what_they_are_for(name: str, line: str) -> None:
-    assert re.search(FORBIDDEN[name], line)
-    assert not re.search(FORBIDDEN[name], "prism_trt/target/loading.py reads homework; /proc/cpuinfo is fine")
+def test_the_patterns_find_what_they_are_for(name: str, pieces: tuple[str, str]) -> None:
+    assert re.search(FORBIDDEN[name], "".join(pieces))
+    assert not re.search(FORBIDDEN[name], "prism_trt/target/loading.py does its homework; /proc/cpuinfo is fine")
 
 
 def test_wheel_holds_everything_needed_at_run_time(tmp_path: Path) -> None:

@@ -15,7 +15,10 @@ def write_plots(result: BenchResult, directory: Path) -> list[Path]:
     by_tree = {tree: [summary for summary in result.summaries if summary.tree == tree] for tree in trees}
     figures = {
         "step_acceptance.png": step_acceptance_figure(
-            {f"tree {tree}": result.overall(shape).step_acceptance for tree, shape in zip(trees, result.settings.trees)}
+            {
+                f"tree {tree}": result.overall(shape).step_acceptance
+                for tree, shape in zip(trees, result.settings.trees, strict=True)
+            }
         ),
         "acceptance_length.png": bars_figure(
             groups,

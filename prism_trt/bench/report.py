@@ -33,14 +33,16 @@ def rows(result: BenchResult) -> list[tuple[str, ...]]:
 def markdown(result: BenchResult) -> str:
     """The result as one Markdown table with the settings that produced it."""
     settings, band = result.settings, result.bandwidth_gb_s
+    parts = (result.engine.profile, result.engine.runtime, result.engine.isa, result.engine.dtype)
+    engine = " ".join(part for part in parts if part)
     lines = [
-        f"Batch 1, {settings.max_new_tokens} new tokens, temperature {settings.temperature:g}, "
+        f"Batch 1, at most {settings.max_new_tokens} new tokens, temperature {settings.temperature:g}, "
         f"{settings.repeats} repeat(s), modes interleaved question by question; tok/s are pooled and leave out the "
         "prefill, except for the end-to-end ratio.",
         "",
         f"Machine: {result.environment.processor}, {result.environment.threads} threads; memory bandwidth during the "
-        f"run {band.median:.0f} GB/s (from {band.low:.0f} to {band.high:.0f}). Engine: {result.engine.runtime} "
-        f"{result.engine.isa or ''} {result.engine.dtype}; torch {result.environment.torch}.",
+        f"run {band.median:.0f} GB/s (from {band.low:.0f} to {band.high:.0f}). Engine: {engine}; "
+        f"torch {result.environment.torch}.",
         "",
         _line(HEADER),
         _line(("---",) * len(HEADER)),

@@ -86,8 +86,8 @@ def speedup_interval(
 def step_acceptance(accepted_counts: Sequence[Sequence[int]], depth: int) -> tuple[float | None, ...]:
     """Step-wise acceptance rate count(> k) / count(>= k) of accepted drafts per pass, for draft steps k < depth.
 
-    Entry a of each member of `accepted_counts` is the number of passes that accepted exactly a drafts. None where no pass
-    accepted k drafts.
+    Entry a of each member of `accepted_counts` is the number of passes that accepted exactly a drafts. None where no
+    pass accepted k drafts.
     """
     totals = [sum(counts[a] for counts in accepted_counts if a < len(counts)) for a in range(depth + 1)]
     at_least = [sum(totals[k:]) for k in range(depth + 1)]

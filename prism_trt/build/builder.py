@@ -59,7 +59,7 @@ def build_engine(
         draft = load_drafter(drafter, model) if drafter is not None else None
         longest = model.config.max_position_embeddings
         if context is not None and context > longest:
-            raise PrismError(f"--context {context} is more than the {longest} positions of the target: choose a smaller one")
+            raise PrismError(f"--context {context} is more than the target's {longest} positions: choose a smaller one")
         limits = EngineLimits(
             slots=slots or settings.slots,
             context=context or min(settings.context, longest),
@@ -71,7 +71,9 @@ def build_engine(
         if chosen:
             isa, compiler = chosen
             write_files(directory, model, draft, limits.context, isa, compiler)
-            engine: Engine = open_files(directory, model.config, draft.config if draft else None, limits, default_threads())
+            engine: Engine = open_files(
+                directory, model.config, draft.config if draft else None, limits, default_threads()
+            )
         else:
             reason = reason or "there is no C++ compiler (install g++ for the fast engine)"
             say(f"The engine runs on torch in float32, because {reason}.")

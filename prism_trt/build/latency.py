@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -33,7 +34,7 @@ def _batch(tokens: int, length: int) -> TokenBatch:
 
 
 def measure(engine: Engine) -> LatencyTable:
-    """Time target passes and draft rounds of one request with a quarter of the context (at most 256 entries) committed."""
+    """Time target passes and draft rounds of one request with a quarter of the context (at most 256) committed."""
     context = min(256, engine.limits.context // 4)
     chunk = min(context, engine.limits.tokens_per_call)
     prompt = _batch(chunk, 0)
@@ -42,7 +43,7 @@ def measure(engine: Engine) -> LatencyTable:
     forward = {}
     for tokens in _TOKENS:
         if tokens <= room:
-            forward[tokens] = _median_ms(lambda batch=_batch(tokens, chunk): engine.forward(batch, "all"))
+            forward[tokens] = _median_ms(partial(engine.forward, _batch(tokens, chunk), "all"))
     rounds = {}
     if isinstance(engine, FusedDraftEngine) and engine.has_drafter:
         engine.extend(prompt, features)
@@ -50,7 +51,6 @@ def measure(engine: Engine) -> LatencyTable:
             shape = TreeShape.parse(tree)
             drafted = shape.width * (shape.depth - 1) + 2
             if drafted <= room:
-                rounds[tree] = _median_ms(
-                    lambda shape=shape: engine.draft_round(_batch(2, chunk), features[:, :2].contiguous(), shape)
-                )
+                newest = features[:, :2].contiguous()
+                rounds[tree] = _median_ms(partial(engine.draft_round, _batch(2, chunk), newest, shape))
     return LatencyTable(context=chunk, forward=forward, draft_round=rounds)

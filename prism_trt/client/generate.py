@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,8 +46,8 @@ class Statistics:
 
     @property
     def acceptance_length(self) -> float:
-        """Output tokens per target pass."""
-        return self.num_output_tokens / max(1, self.target_passes)
+        """Output tokens per target pass; the prefill and the token that it gives count in neither."""
+        return (self.num_output_tokens - 1) / self.target_passes if self.target_passes else float("nan")
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Chunk:
     statistics: Statistics | None = None
 
 
-def stream_generate(url: str, prompt: str, options: Options | None = None) -> Iterator[Chunk]:
+def stream_generate(url: str, prompt: str, options: Options | None = None) -> Generator[Chunk, None, None]:
     """Yield the answer to `prompt` piece by piece from the server at `url` (``host:port`` of its gRPC endpoint).
 
     Closing the iterator early, as any exception does, cancels the request on the server.
@@ -70,8 +70,8 @@ def stream_generate(url: str, prompt: str, options: Options | None = None) -> It
     responses: queue.Queue[tuple[grpcclient.InferResult | None, InferenceServerException | None]] = queue.Queue()
     try:
         client = grpcclient.InferenceServerClient(url)
-    except InferenceServerException as error:
-        raise PrismError(f"{url} is not a server address ({error.message()}): pass --url HOST:PORT") from None
+    except InferenceServerException as refusal:
+        raise PrismError(f"{url} is not a server address ({refusal.message()}): pass --url HOST:PORT") from None
     try:
         _check_server(client, url)
         client.start_stream(lambda result, error: responses.put((result, error)))
@@ -99,7 +99,8 @@ def _check_server(client: grpcclient.InferenceServerClient, url: str) -> None:
         alive = client.is_server_ready(client_timeout=_CONNECT_SECONDS)
     except InferenceServerException:
         raise PrismError(
-            f"no server answers at {url}: start one with `python -m prism_trt.deploy --run`, or pass its address with --url"
+            f"no server answers at {url}: start one with `python -m prism_trt.deploy --run`, or pass another address "
+            "with --url"
         ) from None
     if not alive:
         raise PrismError(f"the server at {url} is still starting or is shutting down: try again in a moment")

@@ -138,7 +138,7 @@ def regenerate(
             )
         (directory / MANIFEST_FILE).unlink(missing_ok=True)
         _answer(plan, engine, directory, missing, len(shards), listener)
-    if not (directory / MANIFEST_FILE).is_file():
+    if not _is_sealed(directory):
         _seal(plan, directory)
     counts = read_manifest(directory, MANIFEST_FILE, KIND)["counts"]
     announce(
@@ -248,6 +248,14 @@ def _write(path: Path, sequences: dict[int, FeatureSequence]) -> None:
     """Write the answers of one shard that have a row to learn from, in the order of their prompts."""
     usable = [sequence for _, sequence in sorted(sequences.items()) if sequence.roots > 0]
     write_shard(path, usable, {"answered": str(len(sequences)), "too_short": str(len(sequences) - len(usable))})
+
+
+def _is_sealed(directory: Path) -> bool:
+    """Whether the manifest lists exactly the shards that are there."""
+    if not (directory / MANIFEST_FILE).is_file():
+        return False
+    listed = read_manifest(directory, MANIFEST_FILE, KIND)["files"]
+    return {path.name for path in directory.glob("shard-*.safetensors")} | {PLAN_FILE} == set(listed)
 
 
 def _seal(plan: GenerationPlan, directory: Path) -> None:

@@ -1,8 +1,8 @@
 """The tensors of the served model.
 
 Names and types are those of the `ensemble` model of TensorRT-LLM's Triton backend, so its clients work unchanged;
-`chat`, `finish_reason` and `num_target_passes` are additions. Inputs whose feature is absent here are accepted with their
-neutral value, which many clients always send, and refused with any other.
+`chat`, `finish_reason` and `num_target_passes` are additions. Inputs whose feature is absent here are accepted with
+their neutral value, which many clients always send, and refused with any other.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ class Tensor:
     name: str
     type: str
     size: int = 1
-    required: bool = False
 
 
 INPUTS = (
-    Tensor("text_input", "STRING", required=True),
-    Tensor("max_tokens", "INT32", required=True),
+    Tensor("text_input", "STRING"),
+    Tensor("max_tokens", "INT32"),
     Tensor("stream", "BOOL"),
     Tensor("chat", "BOOL"),
     Tensor("exclude_input_in_output", "BOOL"),
@@ -33,8 +32,8 @@ INPUTS = (
     Tensor("top_k", "INT32"),
     Tensor("top_p", "FP32"),
     Tensor("seed", "UINT64"),
-    Tensor("stop_words", "STRING", size=-1),
-    Tensor("bad_words", "STRING", size=-1),
+    Tensor("stop_words", "STRING", -1),
+    Tensor("bad_words", "STRING", -1),
     Tensor("end_id", "INT32"),
     Tensor("pad_id", "INT32"),
     Tensor("min_tokens", "INT32"),
@@ -51,6 +50,7 @@ INPUTS = (
     Tensor("return_num_input_tokens", "BOOL"),
     Tensor("return_num_output_tokens", "BOOL"),
 )
+REQUIRED = ("text_input", "max_tokens")
 
 NEUTRAL: dict[str, tuple[float, ...]] = {
     "min_tokens": (0, 1),

@@ -1,7 +1,7 @@
 """The process between a launcher and its `tritonserver`: it outlives neither and leaves nothing behind.
 
-Run as a script (``python -I -S keeper.py PLAN``) by `prism_trt.deploy.server`; uses the standard library only, so that it
-starts in milliseconds. It ends the server, with every process below it, when
+Run as a script (``python -I -S keeper.py PLAN``) by `prism_trt.deploy.server`; uses the standard library only, so that
+it starts in milliseconds. It ends the server, with every process below it, when
 
 - it gets SIGTERM (a second one skips the grace period),
 - the launcher dies, however it dies,
@@ -26,6 +26,8 @@ import time
 from pathlib import Path
 
 STOPPED, SERVER_ENDED, MODEL_DIED = 0, 1, 2
+RUNTIME_VARIABLE = "PRISM_TRT_RUNTIME"
+"""Environment variable with the runtime directory."""
 MODEL_PREFIX = "model-"
 """A model process announces itself by creating ``<runtime>/model-<pid>``."""
 

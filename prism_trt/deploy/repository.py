@@ -11,7 +11,8 @@ from typing import Any
 
 from prism_trt import __version__
 from prism_trt.config import TreeShape
-from prism_trt.deploy.interface import INPUTS, MAX_BATCH_SIZE, OUTPUTS, Tensor
+from prism_trt.deploy.interface import INPUTS, MAX_BATCH_SIZE, OUTPUTS, REQUIRED, Tensor
+from prism_trt.engines.manifest import read_engine_manifest
 from prism_trt.errors import PrismError
 from prism_trt.manifest import atomic_directory, read_manifest, write_manifest
 
@@ -22,7 +23,7 @@ ENGINE_DIRECTORY = "engine"
 
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
-_MODEL_PY = '''"""Triton entry point; everything is in the prism_trt package, which must be installed where the server runs."""
+_MODEL_PY = '''"""Triton's entry point; prism_trt must be installed where the server runs."""
 
 try:
     from prism_trt.deploy.triton_model import TritonPythonModel
@@ -66,11 +67,13 @@ def write_repository(
         PrismError: `engine` is not an intact engine, an argument is invalid, or `out` exists.
     """
     engine = Path(engine)
-    manifest = read_manifest(engine, "engine.json", "engine")
+    manifest = read_engine_manifest(engine)
     if not _MODEL_NAME.fullmatch(model_name):
         raise PrismError(f"{model_name!r} cannot name a model: use letters, digits, dots, dashes and underscores")
     if tree is not None and tree != "none":
         TreeShape.parse(tree)
+        if manifest.drafter is None:
+            raise PrismError(f"{engine} has no drafter, so it cannot draft the tree {tree}: build it with a drafter")
     for name, value, least in (("slots", slots, 1), ("threads", threads, 1), ("backlog", backlog, 0)):
         if value is not None and value < least:
             raise PrismError(f"{name} must be at least {least}, not {value}")
@@ -92,7 +95,7 @@ def write_repository(
         fields = {
             "model": model_name,
             "created_by": f"prism_trt {__version__}",
-            "engine": {key: value for key, value in manifest.items() if key not in ("files", "format", "kind")},
+            "engine": {"profile": manifest.profile, "runtime": manifest.runtime, "versions": manifest.versions},
             "parameters": parameters,
         }
         write_manifest(temporary, MANIFEST, KIND, fields)
@@ -126,20 +129,18 @@ dynamic_batching {{ max_queue_delay_microseconds: 0 }}
 instance_group [ {{ kind: KIND_AUTO count: 1 }} ]
 {entries}
 input [
-{_tensors(INPUTS)}
+{_tensors(INPUTS, REQUIRED)}
 ]
 output [
-{_tensors(OUTPUTS)}
+{_tensors(OUTPUTS, tuple(tensor.name for tensor in OUTPUTS))}
 ]
 """
 
 
-def _tensors(tensors: tuple[Tensor, ...]) -> str:
-    # Triton only counts required inputs; all are optional here so that the model can name the one that is missing.
-    inputs = tensors is INPUTS
+def _tensors(tensors: tuple[Tensor, ...], required: tuple[str, ...]) -> str:
     return ",\n".join(
         f'  {{ name: "{tensor.name}" data_type: TYPE_{tensor.type} dims: [ {tensor.size} ]'
-        f"{' optional: true' if inputs and not tensor.required else ''} }}"
+        f"{'' if tensor.name in required else ' optional: true'} }}"
         for tensor in tensors
     )
 

@@ -13,6 +13,7 @@ import http.client
 import importlib.util
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -31,12 +32,12 @@ from prism_trt.deploy.repository import read_repository
 from prism_trt.errors import PrismError
 
 HOST = "127.0.0.1"
-RUNTIME_VARIABLE = "PRISM_TRT_RUNTIME"
-"""Environment variable that tells model processes where to announce themselves to the keeper."""
-
 _RESTRICTED = "shared-memory,model-repository,model-config,trace,logging,statistics"
 _POLL_SECONDS = 0.03
-_TAIL_LINES = 12
+_TAIL_LINES, _LOG_BYTES = 12, 1 << 16
+_LINE_CHARACTERS = 400
+_LOAD_FAILURE = re.compile(r"failed to load '.*?' version \d+: \w+: (.*?)(?:\\n|\"$)", re.MULTILINE)
+_CHATTER = re.compile(r"I\d{4} |[|+][ -]")
 _INSTALL = "install it with: pip install nvidia-pytriton 'numpy<2'"
 
 
@@ -79,7 +80,11 @@ def find_triton() -> TritonFiles:
 def server_environment(files: TritonFiles) -> dict[str, str]:
     """Environment in which the server's stub runs on this interpreter's packages."""
     environment = dict(os.environ)
-    library_path = [sysconfig.get_config_var("LIBDIR") or "", str(files.libraries), environment.get("LD_LIBRARY_PATH", "")]
+    library_path = [
+        sysconfig.get_config_var("LIBDIR") or "",
+        str(files.libraries),
+        environment.get("LD_LIBRARY_PATH", ""),
+    ]
     environment["LD_LIBRARY_PATH"] = ":".join(part for part in library_path if part)
     environment["PATH"] = f"{Path(sys.prefix) / 'bin'}:{environment.get('PATH', os.defpath)}"
     python_path = [str(Path(__file__).resolve().parents[2]), environment.get("PYTHONPATH", "")]
@@ -102,8 +107,8 @@ def preflight(files: TritonFiles, environment: dict[str, str]) -> None:
     missing = [line.split()[0] for line in listing.stdout.splitlines() if "not found" in line]
     if missing:
         raise PrismError(
-            f"the Triton model process misses {', '.join(missing)}: use a Python built with a shared library, or install "
-            f"your system's libpython{sys.version_info.major}.{sys.version_info.minor} package"
+            f"the Triton model process misses {', '.join(missing)}: use a Python built with a shared library, or "
+            f"install your system's libpython{sys.version_info.major}.{sys.version_info.minor} package"
         )
 
 
@@ -128,8 +133,8 @@ def check_port(port: int, option: str) -> None:
 class TritonServer:
     """A running server over a model repository; a context manager.
 
-    Binds the loopback interface only and keeps the shared-memory and administration protocols behind `admin_key`, because
-    Triton 2.51 has known remote-code-execution flaws in them.
+    Binds the loopback interface only and keeps the shared-memory and administration protocols behind `admin_key`,
+    because Triton 2.51 has known remote-code-execution flaws in them.
 
     Args:
         repository: directory written by `prism_trt.deploy.repository.write_repository`.
@@ -207,10 +212,11 @@ class TritonServer:
 
     def _launch(self, files: TritonFiles, environment: dict[str, str]) -> None:
         try:
-            self._log = tempfile.TemporaryFile() if self._log_path is None else self._log_path.open("ab+")
+            # Closed by stop(). An unnamed file needs no removal.
+            self._log = tempfile.TemporaryFile() if self._log_path is None else self._log_path.open("ab+")  # noqa: SIM115
         except OSError as error:
             raise PrismError(f"cannot write the log {self._log_path}: {error.strerror}") from None
-        self._runtime = Path(tempfile.mkdtemp(prefix="prism-trt-server-"))
+        self._runtime = Path(tempfile.mkdtemp(prefix=f"prism-trt-server-{os.getpid()}-"))
         backend = self._runtime / "backends" / "python"
         backend.mkdir(parents=True)
         for source in (*files.backend.iterdir(), files.stub):
@@ -226,7 +232,7 @@ class TritonServer:
         atexit.register(self.stop)
         self._keeper = subprocess.Popen(
             [sys.executable, "-I", "-S", keeper.__file__, json.dumps(plan)],
-            env={**environment, RUNTIME_VARIABLE: str(self._runtime)},
+            env={**environment, keeper.RUNTIME_VARIABLE: str(self._runtime)},
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
@@ -238,7 +244,6 @@ class TritonServer:
             "model-repository": self.repository,
             "backend-directory": backends,
             "backend-config": f"python,shm-region-prefix-name={shm_prefix}",
-            "disable-auto-complete-config": "true",
             "allow-gpu-metrics": "false",
             "exit-timeout-secs": max(1, round(self._grace)),
             "grpc-restricted-protocol": f"{_RESTRICTED}:admin-key={self.admin_key}",
@@ -246,17 +251,16 @@ class TritonServer:
         }
         for name, port in self._ports.items():
             options |= {f"{name}-port": port, f"{name}-address": HOST}
-        return [str(files.server), *(f"--{name}={value}" for name, value in options.items())]
+        arguments = [f"--{name}={value}" for name, value in options.items()]
+        return [str(files.server), "--disable-auto-complete-config", *arguments]
 
     def _await_ready(self) -> None:
         deadline = time.monotonic() + self._start_timeout
         while not self._http_ready():
             if self._keeper is None or self._keeper.poll() is not None:
-                raise PrismError(f"the server could not start; the end of its log:\n{self.log_tail()}")
+                raise PrismError(f"the server could not start: {self._cause()}")
             if time.monotonic() > deadline:
-                raise PrismError(
-                    f"the server was not ready within {self._start_timeout:g} s; the end of its log:\n{self.log_tail()}"
-                )
+                raise PrismError(f"the server was not ready within {self._start_timeout:g} s: {self._cause()}")
             time.sleep(_POLL_SECONDS)
         self.probe(timeout=max(1.0, deadline - time.monotonic()))
 
@@ -280,13 +284,21 @@ class TritonServer:
         for _ in stream_generate(self.grpc_url, "Hello", options):
             pass
 
-    def log_tail(self, lines: int = _TAIL_LINES) -> str:
-        """The last `lines` lines of the server's output."""
+    def _cause(self) -> str:
+        """Why the model could not be loaded, or else the end of the log."""
+        text = self._output()
+        if refused := _LOAD_FAILURE.findall(text):
+            return str(refused[-1])
+        telling = [line for line in text.splitlines() if line.strip() and not _CHATTER.match(line)]
+        tail = "\n".join(line[:_LINE_CHARACTERS] for line in telling[-_TAIL_LINES:])
+        return f"the end of its log:\n{tail}" if tail else "its log says nothing"
+
+    def _output(self) -> str:
+        """The end of what the server has printed."""
         if self._log is None:
             return ""
         size = os.fstat(self._log.fileno()).st_size
-        text = os.pread(self._log.fileno(), 16384, max(0, size - 16384)).decode(errors="replace")
-        return "\n".join(line for line in text.splitlines() if line.strip() and not line.startswith("+--"))[-16384:]
+        return os.pread(self._log.fileno(), _LOG_BYTES, max(0, size - _LOG_BYTES)).decode(errors="replace")
 
     def wait(self) -> None:
         """Block until the server ends.
@@ -298,11 +310,11 @@ class TritonServer:
             return
         code = self._keeper.wait()
         if code != keeper.STOPPED:
-            cause = "its model process died" if code == keeper.MODEL_DIED else "it ended by itself"
-            raise PrismError(f"the server is gone ({cause}); the end of its log:\n{self.log_tail()}")
+            cause = "the server's model process died" if code == keeper.MODEL_DIED else "the server ended by itself"
+            raise PrismError(f"{cause}: {self._cause()}")
 
     def stop(self) -> None:
-        """End the server: open requests get the grace period, unless a second interrupt arrives meanwhile. Idempotent."""
+        """End the server; open requests get the grace period unless a second interrupt arrives. Idempotent."""
         process = self._keeper
         if process is not None:
             try:

@@ -6,6 +6,7 @@ when the drafter predicts a part of the vocabulary. Embedding, head and final no
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -32,6 +33,15 @@ def drafter_tensors(drafter: Drafter) -> dict[str, Tensor]:
     return tensors
 
 
+def weights_sha256(drafter: Drafter) -> str:
+    """Hex SHA-256 of a drafter's tensors, names and dtypes included."""
+    digest = hashlib.sha256()
+    for name, value in sorted(drafter_tensors(drafter).items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def save_drafter(drafter: Drafter, directory: Path, overwrite: bool = False) -> None:
     """Write `drafter` to `directory` atomically, with the dtype its parameters have.
 
@@ -41,12 +51,12 @@ def save_drafter(drafter: Drafter, directory: Path, overwrite: bool = False) -> 
     with atomic_directory(directory, overwrite) as temporary:
         tensors = {name: value.detach().cpu().contiguous() for name, value in drafter_tensors(drafter).items()}
         save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        (temporary / WEIGHTS_FILE).chmod(0o644)
         (temporary / CONFIG_FILE).write_text(drafter.config.model_dump_json(indent=2) + "\n")
 
 
 def load_drafter(directory: Path, target: Target | None = None, dtype: torch.dtype = torch.float32) -> Drafter:
-    """Read a drafter in the dtype of its file (`.to(dtype)` changes it); `target`, when given, must be the one it was
-    trained for.
+    """Read a drafter, its parameters converted to `dtype`; `target`, when given, must be the one it was trained for.
 
     Raises:
         PrismError: a file is missing, truncated or invalid; a tensor is missing, unknown or of the wrong shape; or the

@@ -46,7 +46,7 @@ def load_engine(path: Path, threads: int | None = None, slots: int | None = None
     limits = replace(manifest.limits, slots=slots or manifest.limits.slots)
     if missing := sorted(set(manifest.cpu_flags) - cpu_flags()):
         raise PrismError(
-            f"{path} was compiled for a processor with {', '.join(missing)}, which this one lacks: build the engine here"
+            f"{path} was compiled for a processor with {', '.join(missing)}, which this one lacks: build it here"
         )
     if manifest.runtime == "cpp":
         engine = open_files(path, manifest.target, manifest.drafter, limits, threads)

@@ -4,9 +4,9 @@ Shape legend: B rows (one request each), T tokens per row in this call (padded),
 vocabulary, F feature width, H hidden width, N tree nodes. Tensors live on `Engine.device`.
 
 K/V rules: a request owns a slot of the K/V pool in the target and in the drafter. A call writes the K/V of row b,
-token i at pool index ``lengths[b] + offset + i``; queries read every index below ``lengths[b]`` and, of the indices from
-``lengths[b]`` on, those that the mask admits (causal when there is no mask). Entries past ``lengths[b]`` that a later
-call does not admit are garbage and may be overwritten at will.
+token i at pool index ``lengths[b] + offset + i``; queries read every index below ``lengths[b]`` and, of the indices
+from ``lengths[b]`` on, those that the mask admits (causal when there is no mask). Entries past ``lengths[b]`` that a
+later call does not admit are garbage and may be overwritten at will.
 """
 
 from __future__ import annotations

@@ -114,9 +114,7 @@ def _inspect_engine(report: Report, path: Path, expected: Target | None) -> None
     if drafter := manifest.drafter:
         report.check("drafter and target belong together", lambda: _require_pair(drafter, manifest))
     if expected is not None:
-        report.check(
-            "belongs to the given target", lambda: _require_fingerprint(manifest.target_fingerprint, expected)
-        )
+        report.check("belongs to the given target", lambda: _require_fingerprint(manifest.target_fingerprint, expected))
 
 
 def _inspect_repository(report: Report, path: Path, expected: Target | None) -> None:

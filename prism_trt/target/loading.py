@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import struct
 from collections.abc import Iterator
@@ -134,16 +136,14 @@ def _load_gguf(path: Path) -> Target:
         import accelerate  # noqa: F401  (transformers' GGUF loader needs it)
         import gguf  # noqa: F401
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils import logging
     except ImportError as error:
         raise PrismError(f"reading {path} needs {error.name}: pip install 'prism_trt[gguf]'") from None
-    logging.disable_progress_bar()
     folder, name = str(path.parent), path.name
     try:
-        values = AutoConfig.from_pretrained(folder, gguf_file=name).to_dict()
-        config = TargetConfig.from_hf(values, str(path))
-        loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-        wrapped = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+        with contextlib.redirect_stderr(io.StringIO()):  # transformers' progress bar cannot be turned off
+            config = TargetConfig.from_hf(AutoConfig.from_pretrained(folder, gguf_file=name).to_dict(), str(path))
+            loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+            wrapped = AutoTokenizer.from_pretrained(folder, gguf_file=name)
     except (ValueError, OSError, KeyError, IndexError, struct.error, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise PrismError(f"{path} is truncated, damaged or not supported ({reason}): download the file again") from None

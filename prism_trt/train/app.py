@@ -36,6 +36,9 @@ def train(
         Path | None,
         typer.Option(help="directory of the target's answers, reused when complete  [default: WORK/cache]"),
     ] = None,
+    init: Annotated[
+        Path | None, typer.Option(help="drafter of one module whose weights the first stage starts from")
+    ] = None,
     generate_only: Annotated[bool, typer.Option("--generate-only", help="stop when the answers are generated")] = False,
     answers: Annotated[int | None, typer.Option(min=1, help="prompts to answer  [default: all]")] = None,
     slots: Annotated[int, typer.Option(min=1, help="answers generated at once")] = 64,
@@ -60,13 +63,13 @@ def train(
     if threads is not None:
         torch.set_num_threads(threads)
     run_training(
-        RunPaths(target, data, None if generate_only else out, work or cache, cache),
+        RunPaths(target, data, None if generate_only else out, work or cache, cache, init),
         _config(GenerationConfig, options),
         _config(TrainConfig, options),
         slots,
         answers,
         overwrite,
-        sys.argv,
+        ["prism-trt", "train", *sys.argv[1:]],
     )
 
 

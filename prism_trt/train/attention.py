@@ -34,7 +34,7 @@ def joint_attention(
     """
     own_keys = [key for key, _ in own_steps]
     own_values = [value for _, value in own_steps]
-    output: Tensor = _JointAttention.apply(spans, query, *prompt_kv, *root_kv, *own_keys, *own_values)  # type: ignore[no-untyped-call]
+    output: Tensor = _JointAttention.apply(spans, query, *prompt_kv, *root_kv, *own_keys, *own_values)
     return output.flatten(1)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from prism_trt.config import DrafterConfig, TrainConfig
 from prism_trt.data.feature_cache import FeatureCache
+from prism_trt.drafter.checkpoint import weights_sha256
 from prism_trt.drafter.model import Drafter, copy_modules
 from prism_trt.errors import PrismError
 from prism_trt.manifest import sha256_json
@@ -83,24 +84,37 @@ class TrainingResult:
 class Trainer:
     """Trains one drafter on one feature cache. The result depends on configuration, data and thread count only."""
 
-    def __init__(self, target: Target, cache: FeatureCache, config: TrainConfig, work: Path) -> None:
+    def __init__(
+        self, target: Target, cache: FeatureCache, config: TrainConfig, work: Path, init: Drafter | None = None
+    ) -> None:
         """Prepare a run whose checkpoints live in `work`.
 
+        Args:
+            init: drafter of one module to start from; it keeps its shape and draft vocabulary.
+
         Raises:
-            PrismError: the cache leaves nothing to train on.
+            PrismError: the cache leaves nothing to train on, or `init` has several modules.
         """
+        if init is not None and init.config.num_modules > 1:
+            raise PrismError(
+                f"the initial drafter has {init.config.num_modules} modules: pass one with a single module, "
+                "which the stages before tuning train"
+            )
         self._config = config
         self._cache = cache
         self._work = work
         self._stages = stages(config)
         self._signatures = [
-            sha256_json([stage.signature, cache.data_sha256, target.fingerprint]) for stage in self._stages
+            sha256_json([stage.signature, cache.data_sha256, target.fingerprint, init and weights_sha256(init)])
+            for stage in self._stages
         ]
         self._compute = torch.bfloat16 if config.compute == "bfloat16" else torch.float32
         self._held_back, self._training = _split(cache, config)
-        counts = cache.token_counts(self._training, target.config.vocab_size)
-        vocab = choose_draft_vocab(counts, config.draft_vocab_size, target.tokenizer.eos_token_ids)
-        self._first = _new_drafter(target, config, vocab)
+        if init is None:
+            counts = cache.token_counts(self._training, target.config.vocab_size)
+            vocab = choose_draft_vocab(counts, config.draft_vocab_size, target.tokenizer.eos_token_ids)
+            init = _new_drafter(target, config, vocab)
+        self._first = init
         with torch.no_grad():
             self._embedding = target.model.model.embed_tokens.weight.to(self._compute)
             self._head = self._first.head_rows(target.model.head_weight).to(self._compute).contiguous()

@@ -64,7 +64,7 @@ def soft_cross_entropy(
         metrics: filled when given. The returned value is exact only then; otherwise it is 0 with the right gradient,
             because the value costs extra passes over the logits that training does not need.
     """
-    value: Tensor = _SoftCrossEntropy.apply(batch, head, metrics, *hidden)  # type: ignore[no-untyped-call]
+    value: Tensor = _SoftCrossEntropy.apply(batch, head, metrics, *hidden)
     return value
 
 

@@ -15,9 +15,10 @@ from prism_trt.config import DrafterConfig, GenerationConfig, TrainConfig
 from prism_trt.data.feature_cache import MANIFEST_FILE, FeatureCache
 from prism_trt.data.prompts import read_messages, tokenize_prompts
 from prism_trt.data.regenerate import GenerationProgress, plan_generation, regenerate
-from prism_trt.drafter.checkpoint import save_drafter
-from prism_trt.engines.factory import target_engine
+from prism_trt.drafter.checkpoint import load_drafter, save_drafter
+from prism_trt.engines.loading import make_engine
 from prism_trt.engines.protocol import EngineLimits
+from prism_trt.engines.torch_engine import TorchEngine
 from prism_trt.errors import PrismError
 from prism_trt.manifest import sha256_file
 from prism_trt.progress import progress
@@ -41,6 +42,8 @@ class RunPaths:
     work: Path
     """Checkpoints and TensorBoard logs."""
     cache: Path
+    init: Path | None = None
+    """Drafter of one module to start from instead of random weights."""
 
 
 def run_training(
@@ -76,7 +79,8 @@ def run_training(
 
     cache = FeatureCache(paths.cache, target)
     paths.work.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(target, cache, training, paths.work)
+    init = load_drafter(paths.init, target) if paths.init is not None else None
+    trainer = Trainer(target, cache, training, paths.work, init)
     board = TensorBoardObserver(paths.work / "tensorboard")
     updates = sum(stage.updates for stage in stages(training))
     try:
@@ -106,8 +110,14 @@ def _generate(
     )
     plan = plan_generation(prompts.prompts, settings, target)
     context = max(map(len, prompts.prompts)) + settings.max_new_tokens
-    engine = target_engine(target, EngineLimits(slots, context, max(_TOKENS_PER_CALL, slots)))
+    engine = make_engine(
+        target, None, EngineLimits(slots, context, max(_TOKENS_PER_CALL, slots)), torch.get_num_threads()
+    )
     total = len(prompts.prompts) if answers is None else min(answers, len(prompts.prompts))
+    threads = torch.get_num_threads()
+    if not isinstance(engine, TorchEngine):
+        # A compiled engine has threads of its own; torch's would wait for the same processors.
+        torch.set_num_threads(1)
     with progress("answering", total) as reporter:
         shown = 0
 
@@ -118,6 +128,7 @@ def _generate(
             reporter.describe(f"answering, {now.tokens_per_second:,.0f} tokens/s")
 
         regenerate(plan, engine, paths.cache, answers, _say, listen)
+    torch.set_num_threads(threads)
 
 
 def _provenance(

@@ -39,7 +39,9 @@ def engine(request: pytest.FixtureRequest) -> Iterator[CpuEngine]:
     yield built
 
 
-def row_batch(tokens: list[int], length: int = 0, slot: int = 0, mask: torch.Tensor | None = None, positions=None) -> TokenBatch:
+def row_batch(
+    tokens: list[int], length: int = 0, slot: int = 0, mask: torch.Tensor | None = None, positions=None
+) -> TokenBatch:
     n = len(tokens)
     positions = torch.arange(length, length + n) if positions is None else positions
     one = torch.ones(1, dtype=torch.int64)
@@ -55,7 +57,9 @@ def one_by_one(engine: CpuEngine, tokens: list[int], slot: int = 0) -> TargetOut
     outputs = [engine.forward(row_batch([token], i, slot)) for i, token in enumerate(tokens)]
     # logits are views of a reused buffer, so they are taken in a second, separate pass
     logits = [engine.forward(row_batch([token], i, slot)).logits.clone() for i, token in enumerate(tokens)]
-    return TargetOutput(torch.cat([o.features for o in outputs], 1), torch.cat(logits, 1), torch.cat([o.greedy for o in outputs], 1))
+    return TargetOutput(
+        torch.cat([o.features for o in outputs], 1), torch.cat(logits, 1), torch.cat([o.greedy for o in outputs], 1)
+    )
 
 
 def assert_same_bits(a: TargetOutput, b: TargetOutput) -> None:
@@ -105,7 +109,8 @@ def test_same_bits_for_any_chunking(engine: CpuEngine, chunks: list[int]) -> Non
     for count in chunks:
         actual = engine.forward(row_batch(tokens[at : at + count], at, slot=1))
         assert_same_bits(
-            actual, TargetOutput(*(getattr(expected, name)[:, at : at + count] for name in ("features", "logits", "greedy")))
+            actual,
+            TargetOutput(*(getattr(expected, name)[:, at : at + count] for name in ("features", "logits", "greedy"))),
         )
         at += count
 
@@ -145,7 +150,9 @@ def test_same_bits_for_any_batch(engine: CpuEngine) -> None:
     for b, tokens in enumerate(rows):
         padded[b, : len(tokens)] = torch.tensor(tokens)
     counts = torch.tensor([len(tokens) for tokens in rows])
-    batch = TokenBatch(padded, torch.arange(16).repeat(3, 1), torch.tensor([2, 0, 1]), torch.zeros(3, dtype=torch.int64), counts)
+    batch = TokenBatch(
+        padded, torch.arange(16).repeat(3, 1), torch.tensor([2, 0, 1]), torch.zeros(3, dtype=torch.int64), counts
+    )
     together = engine.forward(batch)
     for b, expected in enumerate(alone):
         assert torch.equal(together.logits[b, : counts[b]], expected.logits[0])

@@ -31,19 +31,19 @@ def target() -> Target:
     target = tiny_target(0, tie_word_embeddings=False)
     for name, parameter in target.model.named_parameters():
         if "o_proj" in name or "down_proj" in name:
-            parameter *= 0.15
+            parameter.mul_(0.1)
     return target
 
 
 def make_engine(target: Target, slots: int = 4, tokens_per_call: int = 128, modules: int = 2) -> TorchEngine:
     limits = EngineLimits(slots, 160, tokens_per_call)
-    drafter = tiny_drafter(target, modules=modules)
+    drafter = tiny_drafter(target, modules=modules, draft_vocab_size=300)
     for name, parameter in drafter.named_parameters():
         if "fc.weight" in name:
-            parameter *= 0.5
+            parameter.mul_(0.2)
             parameter[:, : len(parameter)] += torch.eye(len(parameter))
         elif "o_proj" in name or "down_proj" in name:
-            parameter *= 0.15
+            parameter.mul_(0.1)
     return TorchEngine(target, drafter, limits, torch.device("cpu"), torch.float32)
 
 
@@ -66,8 +66,8 @@ def test_greedy_speculative_equals_vanilla(target: Target, tree: TreeShape, modu
     requests = [Request(prompt, 30, tree=tree) for prompt in inputs]
     results = generate(engine, requests)
     assert tokens_of(results) == vanilla
-    reached = sum(torch.tensor(r.statistics.accepted_counts + [0] * 9)[:9] for r in results)
-    assert (reached[: tree.depth + 1] > 0).all()
+    accepted = {n for result in results for n, passes in enumerate(result.statistics.accepted_counts) if passes}
+    assert accepted >= {0, 1, 2, 3}
     one_by_one = make_engine(target, slots=1, tokens_per_call=24, modules=modules)
     assert tokens_of(generate(one_by_one, requests)) == vanilla
 
@@ -110,7 +110,9 @@ def test_stop_words_end_at_the_token_that_completes_them(target: Target, tree: T
                 continue
             tried += 1
             result = generate(engine, [Request(prompt, 40, stop_words=(word,), tree=tree)], tokenizer)[0]
-            needed = next(n for n in range(1, 41) if word in tokenizer.decode(whole[:n]))
+            # The text of a token that ends inside a character comes with the next one.
+            texts = [tokenizer.decode(whole[:n]) for n in range(41)]
+            needed = next(n for n, seen in enumerate(texts) if word in seen and not seen.endswith("\ufffd"))
             assert result.tokens == whole[:needed]
             assert result.finish_reason == "stop"
             stream = TextStream(DetokenizerStream(tokenizer), (word,))

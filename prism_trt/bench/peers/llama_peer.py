@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import tempfile
@@ -24,7 +25,7 @@ class LlamaPeer:
 
     def __init__(self, name: str, python: Path, gguf: Path, threads: int, context: int, flash_attention: bool) -> None:
         self.name = name
-        self._log = tempfile.TemporaryFile("w+")
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by `close`)
         arguments = [str(python), str(WORKER), str(gguf), str(threads), str(context), str(int(flash_attention))]
         try:
             self._process = subprocess.Popen(
@@ -60,10 +61,8 @@ class LlamaPeer:
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout, self._log):
             if pipe is not None:
-                try:
+                with contextlib.suppress(BrokenPipeError):
                     pipe.close()
-                except BrokenPipeError:
-                    pass
 
     def __enter__(self) -> LlamaPeer:
         return self

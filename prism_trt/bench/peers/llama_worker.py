@@ -1,7 +1,7 @@
 """llama.cpp behind one JSON object per line on stdin and stdout.
 
-Run by `llama_peer` as a script in an interpreter that has `llama_cpp`, so it imports nothing of this package. Requests are
-``{"prompt": [ids], "tokens": n}``; replies ``{"tokens": [ids], "prefill_seconds": s, "decode_seconds": s}``.
+Run by `llama_peer` as a script in an interpreter that has `llama_cpp`, so it imports nothing of this package. Requests
+are ``{"prompt": [ids], "tokens": n}``; replies ``{"tokens": [ids], "prefill_seconds": s, "decode_seconds": s}``.
 The first line out is ``{"version": v}`` once the model is loaded, or ``{"error": text}``.
 """
 

@@ -24,7 +24,9 @@ class CpuEngine:
     device = torch.device("cpu")
     default_tree = TreeShape()
 
-    def __init__(self, library: Path, weights: Path, dims: Dims, step_map: Sequence[int], draft_vocab: Tensor | None) -> None:
+    def __init__(
+        self, library: Path, weights: Path, dims: Dims, step_map: Sequence[int], draft_vocab: Tensor | None
+    ) -> None:
         """Load the compiled `library` with `weights`; `draft_vocab` [D] int64 maps draft ids to target ids.
 
         Raises:
@@ -92,7 +94,13 @@ class CpuEngine:
         logits = self._draft_logits[:size].view(rows, outputs, self._draft_size)
         hidden_out = torch.empty(rows, outputs, self.hidden_size, dtype=torch.bfloat16)
         self._library.call(
-            "prism_draft", *call.arguments, k, hidden.data_ptr(), int(last_only), logits.data_ptr(), hidden_out.data_ptr()
+            "prism_draft",
+            *call.arguments,
+            k,
+            hidden.data_ptr(),
+            int(last_only),
+            logits.data_ptr(),
+            hidden_out.data_ptr(),
         )
         return DraftOutput(logits, hidden_out)
 

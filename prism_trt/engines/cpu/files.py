@@ -71,7 +71,9 @@ def dims(target: TargetConfig, drafter: DrafterConfig | None, limits: EngineLimi
     return sizes
 
 
-def write_files(directory: Path, target: Target, drafter: Drafter | None, context: int, isa: Isa, compiler: str) -> None:
+def write_files(
+    directory: Path, target: Target, drafter: Drafter | None, context: int, isa: Isa, compiler: str
+) -> None:
     """Compile the library and pack the weights into `directory`.
 
     Raises:

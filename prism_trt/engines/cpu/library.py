@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from prism_trt.errors import PrismError
 
@@ -74,7 +75,9 @@ def compile_library(out: Path, isa: Isa, compiler: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         done = subprocess.run(command, cwd=scratch, capture_output=True, text=True)
     if done.returncode != 0:
-        errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["no output"]
+        errors = (
+            [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["no output"]
+        )
         raise PrismError(f"{compiler} could not compile the cpu engine ({errors[0].strip()}): install GCC 9 or newer")
 
 
@@ -82,21 +85,27 @@ class Dims(Structure):
     """Sizes of an engine; field by field the C++ struct of the same name."""
 
     _fields_ = [
-        *((name, c_int32) for name in ("vocab", "hidden", "intermediate", "layers", "heads", "kv_heads", "head_dim", "qkv_bias")),
-        *((name, c_int32) for name in ("modules", "draft_vocab", "draft_intermediate", "draft_heads", "draft_kv_heads")),
+        *((name, c_int32) for name in ("vocab", "hidden", "intermediate", "layers", "heads", "kv_heads", "head_dim")),
+        ("qkv_bias", c_int32),
+        *(
+            (name, c_int32)
+            for name in ("modules", "draft_vocab", "draft_intermediate", "draft_heads", "draft_kv_heads")
+        ),
         *((name, c_int32) for name in ("draft_head_dim", "draft_bias", "context", "slots", "tokens", "threads")),
         ("rms_eps", c_float),
         ("draft_rms_eps", c_float),
     ]
 
 
-_BATCH = [c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_int, c_int, c_void_p, c_void_p, c_void_p]
+_BATCH: list[Any] = [c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_int, c_int, c_void_p, c_void_p, c_void_p]
 
 
 class Library:
     """The C functions of one engine. Calls release the interpreter lock while they compute."""
 
-    def __init__(self, path: Path, dims: Dims, step_map: Sequence[int], draft_vocab: Sequence[int], weights: Path) -> None:
+    def __init__(
+        self, path: Path, dims: Dims, step_map: Sequence[int], draft_vocab: Sequence[int], weights: Path
+    ) -> None:
         """Load `path` and the packed `weights`.
 
         Raises:
@@ -154,5 +163,3 @@ class Library:
         if self._engine:
             self._lib.prism_close(self._engine)
             self._engine = None
-
-

@@ -30,19 +30,23 @@ struct Matrix {
     const uint32_t* first_of(int id, int size) const { return group(Share(groups(), id, size).first); }
 };
 
-// One group by `T` tokens. `ahead` is prefetched: of `period` tiles over the same group, tile `phase` takes every
-// period-th part, so that the next group's memory reads are spread over the whole time spent in this one.
+// One group by `T` tokens. A single tile prefetches its own weights a few lines ahead. Where `period` tiles pass over the
+// same group, tile `phase` prefetches every period-th part of `ahead`, the next group, so that its memory reads are
+// spread over the whole time spent in this one.
+constexpr int kLinesAhead = 96;  // 6 KiB
+
 template <int T>
 static inline void tile(const uint32_t* __restrict w, int pairs, const bf16* __restrict x, size_t x_stride,
                         float* __restrict out, const uint32_t* ahead, int phase, int period) {
     vf acc[T][kBlocks] = {};
     int countdown = phase;
     for (int k = 0; k < pairs; ++k, w += kGroup) {
-        if (countdown == 0) {
+        if (period == 1) {
+            for (int b = 0; b < kBlocks; ++b) prefetch_near(w + (kLinesAhead + b) * kLanes);
+        } else if (--countdown < 0) {
             for (int b = 0; b < kBlocks; ++b) prefetch(ahead + size_t(k) * kGroup + b * kLanes);
-            countdown = period;
+            countdown = period - 1;
         }
-        --countdown;
         vu weights[kBlocks];
         for (int b = 0; b < kBlocks; ++b) weights[b] = load_u(w + b * kLanes);
         for (int t = 0; t < T; ++t) {

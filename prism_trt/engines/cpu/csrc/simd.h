@@ -140,7 +140,8 @@ static inline vf exp_approx(vf x) {
     return (vf)((vi)p + exponent);
 }
 
-static inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+static inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }  // into the second-level cache
+static inline void prefetch_near(const void* p) { __builtin_prefetch(p, 0, 3); }
 
 static inline void pause_cpu() {
 #if defined(__x86_64__)

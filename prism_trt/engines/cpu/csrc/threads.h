@@ -63,8 +63,10 @@ public:
     }
 
 private:
-    // A few microseconds and about 2 ms: long enough for a kernel's skew and for the host code between two calls of a decoding loop.
-    static constexpr unsigned kSpinsBeforeYield = 200;
+    // About 0.5 ms. Yielding sooner hands the core to a busy neighbour for a whole time slice at every barrier, which
+    // costs far more than spinning; later, two threads of the team that landed on one core would starve each other.
+    static constexpr unsigned kSpinsBeforeYield = 50000;
+    // About 1 ms: longer than the host code between two calls of a decoding loop.
     static constexpr unsigned kSpinsBeforeSleep = 100000;
 
     void work(int id) {

@@ -1,0 +1,221 @@
+"""Starting and stopping the server: nothing is ever left behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from prism_trt.client.generate import Options, stream_generate
+from prism_trt.deploy.keeper import MODEL_DIED
+from prism_trt.deploy.repository import MANIFEST, write_repository
+from prism_trt.deploy.server import TritonServer, find_triton, free_port, preflight, server_environment
+from prism_trt.errors import PrismError
+
+ROOT = Path(__file__).parents[2]
+SHARED_MEMORY = Path("/dev/shm")
+
+
+def belongings(pid: int) -> list[Path]:
+    """Shared memory and temporary directories of the servers that process `pid` started."""
+    directories = [path for path in Path(tempfile.gettempdir()).glob("prism-trt-server-*") if _owner(path) == pid]
+    return [*SHARED_MEMORY.glob(f"prism_trt_{pid}_*"), *directories]
+
+
+def _owner(path: Path) -> int:
+    try:
+        return int(path.name.split("-")[3])
+    except (IndexError, ValueError):
+        return -1
+
+
+def below(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
+
+
+def assert_gone(processes: list[psutil.Process], owner: int, seconds: float = 10.0) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=seconds)
+    assert alive == []
+    assert belongings(owner) == []
+
+
+@pytest.fixture
+def deploy(engine_path: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], int, Path]]:
+    """`python -m prism_trt.deploy --run`, its gRPC port and repository; killed at the end if it is still there."""
+    grpc, http, metrics = free_port(), free_port(), free_port()
+    command = [sys.executable, "-m", "prism_trt.deploy", "--engine", engine_path, "--out", tmp_path / "repository"]
+    command += ["--run", "--threads", "1", "--grace", "2"]
+    command += ["--grpc-port", grpc, "--http-port", http, "--metrics-port", metrics]
+    process = subprocess.Popen(
+        [str(part) for part in command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    yield process, grpc, tmp_path / "repository"
+    process.kill()
+    process.communicate()
+
+
+def await_line(process: subprocess.Popen[str], beginning: str) -> None:
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith(beginning):
+            return
+    pytest.fail(f"{lines} {process.communicate()}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_deploy_run_until_a_signal(deploy: tuple[subprocess.Popen[str], int, Path], number: int) -> None:
+    process, port, _ = deploy
+    await_line(process, "serving prism: gRPC 127.0.0.1:")
+    started = below(process.pid)
+    assert [p.name() for p in started].count("tritonserver") == 1
+    assert len(belongings(process.pid)) >= 2
+    # A stream that nobody closes keeps Triton itself from ending.
+    stream = stream_generate(f"127.0.0.1:{port}", "fox", Options(max_tokens=480))
+    next(stream)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=20)
+    assert process.returncode == 0
+    assert output == "stopping\n"
+    assert errors == ""
+    assert_gone(started, process.pid, 0.5)
+    stream.close()
+
+
+def test_a_second_signal_skips_the_grace_period(deploy: tuple[subprocess.Popen[str], int, Path]) -> None:
+    process, _, _ = deploy
+    await_line(process, "serving")
+    started = below(process.pid)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    begin = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+    assert time.monotonic() - begin < 1.5
+    assert process.returncode == 0
+    assert_gone(started, process.pid, 0.5)
+
+
+@pytest.mark.parametrize("seconds", [0.5, 1.5, 2.2])
+def test_a_signal_while_starting(deploy: tuple[subprocess.Popen[str], int, Path], seconds: float) -> None:
+    process, _, repository = deploy
+    time.sleep(seconds)
+    started = below(process.pid)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode in (0, 130)
+    assert "Traceback" not in errors
+    assert_gone(started, process.pid, 0.5)
+    assert [path.name for path in repository.parent.iterdir()] in ([], ["repository"])
+    if repository.exists():
+        assert (repository / MANIFEST).is_file()
+
+
+def test_a_killed_launcher_leaves_nothing(deploy: tuple[subprocess.Popen[str], int, Path]) -> None:
+    process, _, _ = deploy
+    await_line(process, "serving")
+    started = below(process.pid)
+    assert len(started) >= 3
+    process.kill()
+    process.communicate(timeout=20)
+    psutil.wait_procs(started, timeout=10)
+    assert_gone(started, process.pid, 0)
+
+
+def test_a_killed_keeper_takes_the_server_along(repository: Path) -> None:
+    server = TritonServer(repository)
+    server.start()
+    keeper, *others = [p for p in below(os.getpid()) if "keeper.py" in " ".join(p.cmdline()) or p.name() != "python"]
+    keeper = next(p for p in [keeper, *others] if "keeper.py" in " ".join(p.cmdline()))
+    started = keeper.children(recursive=True)
+    assert len(started) >= 2
+    keeper.kill()
+    _, alive = psutil.wait_procs(started, timeout=5)
+    assert alive == []
+    with pytest.raises(PrismError, match="the server ended by itself"):
+        server.wait()
+    server.stop()
+    for region in SHARED_MEMORY.glob(f"prism_trt_{os.getpid()}_*"):
+        region.unlink()
+
+
+def test_a_dead_model_process_ends_the_server_instead_of_hanging_it(repository: Path) -> None:
+    with TritonServer(repository) as server:
+        stream = stream_generate(server.grpc_url, "fox", Options(max_tokens=480, timeout=30))
+        next(stream)
+        (model,) = [p for p in below(os.getpid()) if p.name().startswith("triton_python")]
+        begin = time.monotonic()
+        model.kill()
+        with pytest.raises(PrismError, match="the server answered"):
+            list(stream)
+        assert time.monotonic() - begin < 10
+        with pytest.raises(PrismError, match="the server's model process died"):
+            server.wait()
+    assert belongings(os.getpid()) == []
+
+
+def test_port_in_use(repository: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(PrismError, match=rf"port {port} cannot be used \(Address already in use\).*--grpc-port"):
+            TritonServer(repository, grpc_port=port).start()
+    with pytest.raises(PrismError, match="port 99999 cannot be used"):
+        TritonServer(repository, http_port=99999).start()
+
+
+def test_a_damaged_repository_is_refused(repository: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(repository, copy)
+    (copy / MANIFEST).write_text("{")
+    with pytest.raises(PrismError, match=r"repository\.json is damaged"):
+        TritonServer(copy)
+    shutil.copy(repository / MANIFEST, copy)
+    (copy / "prism" / "config.pbtxt").write_text("")
+    with pytest.raises(PrismError, match=r"config\.pbtxt has 0 bytes"):
+        TritonServer(copy)
+    with pytest.raises(PrismError, match="is not a directory"):
+        TritonServer(tmp_path / "absent")
+
+
+def test_a_model_that_does_not_load_is_one_sentence(engine_path: Path, tmp_path: Path) -> None:
+    repository = write_repository(engine_path, tmp_path / "repository", tree="128/32/16")
+    with pytest.raises(PrismError) as refused:
+        TritonServer(repository).start()
+    assert "the server could not start: the tree 128/32/16 needs" in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert belongings(os.getpid()) == []
+
+
+def test_a_server_that_takes_too_long_is_ended(repository: Path) -> None:
+    with pytest.raises(PrismError, match=r"was not ready within 0\.2 s"):
+        TritonServer(repository, start_timeout=0.2, grace=0).start()
+    assert belongings(os.getpid()) == []
+
+
+def test_the_log_is_kept_on_request(repository: Path, tmp_path: Path) -> None:
+    with pytest.raises(PrismError, match="cannot write the log"):
+        TritonServer(repository, log=tmp_path / "absent" / "log").start()
+    with TritonServer(repository, log=tmp_path / "log", grace=0):
+        pass
+    assert "loaded the engine in" in (tmp_path / "log").read_text()
+
+
+def test_preflight_names_what_is_missing() -> None:
+    files = find_triton()
+    environment = server_environment(files)
+    preflight(files, environment)
+    moved = type(files)(files.server, files.backend, Path("/bin/ls"), files.libraries)
+    preflight(moved, environment)

@@ -1,0 +1,366 @@
+"""What clients of a real server get."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from prism_trt.client.generate import Chunk, Options, stream_generate
+from prism_trt.deploy.server import TritonServer, free_port
+from prism_trt.engines.protocol import Engine
+from prism_trt.errors import PrismError
+from prism_trt.speculative.decoder import Request, Result, generate
+from prism_trt.speculative.sampling import SamplingParams
+from prism_trt.speculative.stopping import TextStream
+from prism_trt.target.detokenize import DetokenizerStream
+from prism_trt.target.tokenizer import Tokenizer
+from tests.deploy.conftest import SLOTS
+from tests.deploy.grpc import ask
+
+ROOT = Path(__file__).parents[2]
+LONG = 480
+"""Tokens that take about a second."""
+
+
+def in_process(engine: Engine, tokenizer: Tokenizer, prompt: str, options: Options) -> tuple[str, Result]:
+    """What the server must answer, from the decoder."""
+    messages = [{"role": "user", "content": prompt}]
+    sampling = SamplingParams(
+        temperature=options.temperature or 0.0, top_k=options.top_k or 0, top_p=options.top_p or 1.0, seed=options.seed
+    )
+    request = Request(
+        prompt=tokenizer.encode_chat(messages) if options.chat else tokenizer.encode(prompt),
+        max_tokens=options.max_tokens,
+        sampling=sampling,
+        stop_words=options.stop,
+        eos_token_ids=tokenizer.eos_token_ids,
+        tree=engine.default_tree,
+    )
+    (result,) = generate(engine, [request], tokenizer)
+    text = TextStream(DetokenizerStream(tokenizer), options.stop, tokenizer.eos_token_ids)
+    return text.push(result.tokens) + text.flush(), result
+
+
+def answer(server: TritonServer, prompt: str, options: Options) -> list[Chunk]:
+    return list(stream_generate(server.grpc_url, prompt, options))
+
+
+def text_of(chunks: list[Chunk]) -> str:
+    return "".join(chunk.text for chunk in chunks)
+
+
+def metric(server: TritonServer, name: str) -> float:
+    page = urllib.request.urlopen(server.metrics_url, timeout=5).read().decode()
+    found = re.search(rf"^{name}(?:{{.*}})? (\S+)$", page, re.MULTILINE)
+    assert found, page
+    return float(found[1])
+
+
+def post(server: TritonServer, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    request = urllib.request.Request(server.http_url + path, json.dumps(body).encode())
+    try:
+        with urllib.request.urlopen(request, timeout=20) as response:
+            return response.status, json.loads(response.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+SETTINGS = [
+    Options(max_tokens=60),
+    Options(max_tokens=60, chat=False),
+    Options(max_tokens=60, chat=False, temperature=0.7, top_p=0.9, seed=5),
+    Options(max_tokens=60, temperature=1.5, top_k=20, seed=6),
+    Options(max_tokens=1),
+]
+
+
+@pytest.mark.parametrize("options", SETTINGS, ids=str)
+def test_streamed_equals_whole_equals_in_process(
+    server: TritonServer, engine: Engine, tokenizer: Tokenizer, options: Options
+) -> None:
+    text, result = in_process(engine, tokenizer, "The quick Größe 東京", options)
+    streamed = answer(server, "The quick Größe 東京", options)
+    (whole,) = answer(server, "The quick Größe 東京", Options(**{**vars(options), "stream": False}))
+    assert text_of(streamed) == whole.text == text
+    assert len(text) > 0
+    assert len(streamed) > 10 or options.max_tokens == 1
+    for chunk in (streamed[-1], whole):
+        assert chunk.statistics is not None
+        assert chunk.statistics.finish_reason == result.finish_reason
+        assert chunk.statistics.num_input_tokens == result.statistics.num_input_tokens
+        assert chunk.statistics.num_output_tokens == len(result.tokens)
+        assert chunk.statistics.target_passes == result.statistics.target_passes
+        assert chunk.statistics.drafted == result.statistics.drafted
+        assert chunk.statistics.accepted == result.statistics.accepted
+    assert not any(chunk.statistics for chunk in streamed[:-1])
+
+
+def test_a_stop_word_over_token_boundaries_ends_the_text(
+    server: TritonServer, engine: Engine, tokenizer: Tokenizer
+) -> None:
+    whole, result = in_process(engine, tokenizer, "dog", Options(max_tokens=40))
+    boundary = len(tokenizer.decode(result.tokens[:20]))
+    stop = (whole[boundary - 2 : boundary + 2], "never said")
+    options = Options(max_tokens=40, stop=stop)
+    text, stopped = in_process(engine, tokenizer, "dog", options)
+    assert stopped.finish_reason == "stop"
+    assert len(stopped.tokens) < 40
+    chunks = answer(server, "dog", options)
+    assert text_of(chunks) == text == whole[: whole.index(stop[0])]
+    assert chunks[-1].statistics is not None
+    assert chunks[-1].statistics.finish_reason == "stop"
+
+
+def test_concurrent_streams_do_not_disturb_each_other(
+    server: TritonServer, engine: Engine, tokenizer: Tokenizer
+) -> None:
+    cases = [(f"{i} dogs sleep", SETTINGS[i % 4]) for i in range(2 * SLOTS)]
+    expected = [in_process(engine, tokenizer, *case)[0] for case in cases]
+    with ThreadPoolExecutor(len(cases)) as pool:
+        answers = list(pool.map(lambda case: text_of(answer(server, *case)), cases))
+    assert answers == expected
+
+
+def test_without_a_seed_samples_differ(server: TritonServer) -> None:
+    options = Options(max_tokens=30, temperature=2.0)
+    assert text_of(answer(server, "fox", options)) != text_of(answer(server, "fox", options))
+
+
+GOOD = {"text_input": "The quick", "max_tokens": 4}
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "no prompt": ({"max_tokens": 4, "stream": True}, "the input text_input is missing"),
+    "no max_tokens": ({"text_input": "a", "stream": True}, "the input max_tokens is missing"),
+    "nothing but options": ({"stream": True}, "missing required input"),
+    "empty prompt": ({**GOOD, "text_input": ""}, "text_input is empty"),
+    "prompt not UTF-8": ({**GOOD, "text_input": b"\xff\xfe\x80"}, "text_input is not valid UTF-8"),
+    "stop word not UTF-8": ({**GOOD, "stop_words": [b"\xc3"]}, "stop_words is not valid UTF-8"),
+    "prompt of 600 tokens": ({**GOOD, "text_input": "é" * 300}, "the prompt has 600 tokens but the context is 512"),
+    "prompt of a megabyte": ({**GOOD, "text_input": "a" * 10**6}, "the prompt has 1000000 bytes"),
+    "max_tokens 0": ({**GOOD, "max_tokens": 0}, "max_tokens is 0: ask for at least 1"),
+    "max_tokens negative": ({**GOOD, "max_tokens": -5}, "max_tokens is -5"),
+    "max_tokens text": ({**GOOD, "max_tokens": "four"}, "data-type"),
+    "max_tokens float": ({**GOOD, "max_tokens": 4.0}, "data-type"),
+    "two values": ({**GOOD, "max_tokens": [4, 5]}, "unexpected shape"),
+    "two prompts": (
+        {
+            "text_input": np.array([[b"a"], [b"b"]], dtype=np.object_),
+            "max_tokens": np.array([[4], [4]], dtype=np.int32),
+        },
+        "send one prompt per request",
+    ),
+    "unknown input": ({**GOOD, "temprature": 0.5}, "temprature"),
+    "temperature negative": ({**GOOD, "temperature": -1.0}, "temperature: .*greater than or equal to 0"),
+    "temperature nan": ({**GOOD, "temperature": float("nan")}, "temperature: .*finite"),
+    "temperature infinite": ({**GOOD, "temperature": float("inf")}, "temperature: .*finite"),
+    "top_p 2": ({**GOOD, "top_p": 2.0}, "top_p: .*less than or equal to 1"),
+    "top_p nan": ({**GOOD, "top_p": float("nan")}, "top_p"),
+    "top_k negative": ({**GOOD, "top_k": -1}, "top_k: .*greater than or equal to 0"),
+    "bad_words": ({**GOOD, "bad_words": ["dog"]}, "bad_words are not supported"),
+    "beam search": ({**GOOD, "beam_width": 4}, "beam_width=4 is not supported"),
+    "two sequences": ({**GOOD, "num_return_sequences": 2}, "num_return_sequences=2 is not supported"),
+    "repetition penalty": ({**GOOD, "repetition_penalty": 1.1}, "repetition_penalty=1.1 is not supported"),
+    "log probs": ({**GOOD, "return_log_probs": True}, "return_log_probs=True is not supported"),
+    "end_id outside": ({**GOOD, "end_id": 100000}, "end_id=100000 is no token"),
+    "100 stop words": ({**GOOD, "stop_words": [f"w{i}" for i in range(100)]}, "100 stop words"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_sentence_and_the_server_goes_on(server: TritonServer, name: str) -> None:
+    inputs, sentence = BAD[name]
+    (response,) = ask(server.grpc_url, inputs)
+    assert re.search(sentence, response["error"]), response
+    assert "Traceback" not in response["error"]
+    assert not re.search(r"\.py\b|/\w+/", response["error"])
+    assert ask(server.grpc_url, GOOD)[-1]["num_output_tokens"] == 4
+
+
+def test_unknown_parameter(server: TritonServer) -> None:
+    (response,) = ask(server.grpc_url, GOOD, {"temprature": 1})
+    assert response["error"].startswith("'temprature' is neither an input nor a parameter of this model")
+
+
+def test_inputs_that_ask_for_nothing_are_accepted(server: TritonServer) -> None:
+    neutral = {
+        "bad_words": [""],
+        "stop_words": [""],
+        "beam_width": 1,
+        "num_return_sequences": 1,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "length_penalty": 1.0,
+        "min_tokens": 0,
+        "pad_id": 2,
+        "return_log_probs": False,
+        "return_num_input_tokens": True,
+        "top_k": 1,
+        "top_p": 0.0,
+        "temperature": 1.0,
+        "seed": np.array([[2**64 - 1]], dtype=np.uint64),
+    }
+    assert ask(server.grpc_url, {**GOOD, **neutral}) == ask(server.grpc_url, GOOD)
+
+
+def test_the_prompt_comes_back_unless_excluded_or_streamed(server: TritonServer) -> None:
+    (plain,) = ask(server.grpc_url, {**GOOD, "exclude_input_in_output": True})
+    (whole,) = ask(server.grpc_url, GOOD)
+    streamed = ask(server.grpc_url, {**GOOD, "stream": True})
+    assert whole["text_output"] == b"The quick" + plain["text_output"]
+    assert b"".join(response["text_output"] for response in streamed) == plain["text_output"]
+    rate = whole["total_accepted_draft_tokens"] / whole["total_draft_tokens"]
+    assert whole["acceptance_rate"] == pytest.approx(rate)
+
+
+def test_end_id_replaces_the_end_of_sequence(server: TritonServer, engine: Engine, tokenizer: Tokenizer) -> None:
+    _, result = in_process(engine, tokenizer, "The quick", Options(max_tokens=20, chat=False))
+    end = result.tokens[7]
+    (response,) = ask(server.grpc_url, {"text_input": "The quick", "max_tokens": 20, "end_id": end})
+    assert response["finish_reason"] == b"stop"
+    assert response["num_output_tokens"] == result.tokens.index(end) + 1
+
+
+def test_generation_ends_where_the_context_does(server: TritonServer) -> None:
+    (response,) = ask(server.grpc_url, {"text_input": "é" * 250, "max_tokens": 10**6, "end_id": -1})
+    assert response["finish_reason"] == b"length"
+    assert response["num_input_tokens"] == 500
+    assert 1 <= response["num_output_tokens"] <= 13
+
+
+def test_http_generate(server: TritonServer) -> None:
+    status, reply = post(server, "/v2/models/prism/generate", {**GOOD, "exclude_input_in_output": True})
+    assert status == 200
+    (same,) = ask(server.grpc_url, {**GOOD, "exclude_input_in_output": True})
+    assert reply["text_output"].encode() == same["text_output"]
+    status, reply = post(server, "/v2/models/prism/generate", {**GOOD, "temprature": 1})
+    assert status == 400
+    assert "temprature" in reply["error"]
+
+
+def test_administration_is_closed_without_the_key(server: TritonServer) -> None:
+    paths = ["/v2/systemsharedmemory/status", "/v2/repository/index", "/v2/models/prism/config", "/v2/logging"]
+    for path in paths:
+        method = "POST" if "index" in path else "GET"
+        request = urllib.request.Request(server.http_url + path, method=method)
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(request, timeout=5)
+        assert refused.value.code == 403
+        request.add_header("admin-key", server.admin_key)
+        assert urllib.request.urlopen(request, timeout=5).status == 200
+
+
+def assert_slots_are_free(server: TritonServer, tokens_before: float) -> None:
+    """New requests run, and nothing of the abandoned ones was counted as finished."""
+    with ThreadPoolExecutor(SLOTS) as pool:
+        answers = list(pool.map(lambda _: answer(server, "dog", Options(max_tokens=5)), range(SLOTS)))
+    assert all(chunks[-1].statistics for chunks in answers)
+    time.sleep(1.5)  # an abandoned request that still ran would finish meanwhile
+    assert metric(server, "prism_output_tokens_total") == tokens_before + 5 * SLOTS
+
+
+def test_cancelled_requests_free_their_slots(server: TritonServer) -> None:
+    before = metric(server, "prism_output_tokens_total")
+    streams = [stream_generate(server.grpc_url, "fox", Options(max_tokens=LONG)) for _ in range(SLOTS + 2)]
+    for stream in streams[:SLOTS]:
+        assert list(islice(stream, 2))
+    for stream in streams:
+        stream.close()
+    assert_slots_are_free(server, before)
+
+
+def client(*arguments: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "prism_trt.client", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_interrupted_client(server: TritonServer, number: int) -> None:
+    before = metric(server, "prism_output_tokens_total")
+    process = client("fox", "--url", server.grpc_url, "--stream", "--max-tokens", str(LONG))
+    assert process.stdout is not None
+    os.read(process.stdout.fileno(), 1)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=20)
+    assert errors == b""
+    assert process.returncode == (130 if number == signal.SIGINT else -number)
+    assert_slots_are_free(server, before)
+
+
+def test_requests_beyond_the_backlog_are_refused(server: TritonServer) -> None:
+    def attempt(_: int) -> str:
+        try:
+            return answer(server, "fox", Options(max_tokens=200, chat=False))[-1].text
+        except PrismError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(24) as pool:
+        outcomes = list(pool.map(attempt, range(24)))
+    refused = [outcome for outcome in outcomes if "12 requests are running or waiting already" in outcome]
+    assert 1 <= len(refused) <= 12
+    assert len({outcome for outcome in outcomes if outcome not in refused}) == 1
+    server.probe()
+
+
+def test_a_request_that_waits_too_long_is_dropped(server: TritonServer) -> None:
+    streams = [stream_generate(server.grpc_url, "fox", Options(max_tokens=LONG)) for _ in range(SLOTS)]
+    for stream in streams:
+        next(stream)
+    (response,) = ask(server.grpc_url, GOOD, timeout_us=1000)
+    for stream in streams:
+        stream.close()
+    assert "timed out before its first token" in response["error"]
+    assert ask(server.grpc_url, GOOD, timeout_us=20_000_000)[-1]["num_output_tokens"] == 4
+
+
+def test_client_command(server: TritonServer, engine: Engine, tokenizer: Tokenizer) -> None:
+    expected, result = in_process(engine, tokenizer, "a dog", Options(max_tokens=12))
+    options = ["--url", server.grpc_url, "--max-tokens", "12", "--stats"]
+    for extra in ([], ["--stream"]):
+        output, errors = client("a dog", *options, *extra).communicate(timeout=20)
+        assert output.decode() == expected + "\n"
+        assert errors.decode().startswith(f"{result.statistics.num_input_tokens} tokens in, 12 out (length) in ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--max-tokens", "0"], "error: the server answered: max_tokens is 0: ask for at least 1 token\n"),
+        (["--temperature", "-1"], "error: the server answered: sampling: temperature: "),
+        (["--model", "absent"], "error: the server answered: .*'absent'"),
+        (["--url", f"127.0.0.1:{free_port()}"], "error: no server answers at 127.0.0.1:"),
+        (["--url", "nonsense::1::2"], "error: "),
+    ],
+)
+def test_client_mistakes_are_one_sentence(server: TritonServer, arguments: list[str], sentence: str) -> None:
+    process = client("a dog", "--url", server.grpc_url, *arguments)
+    output, errors = process.communicate(timeout=20)
+    assert process.returncode == 2
+    assert output == b""
+    assert re.match(sentence, errors.decode())
+    assert errors.count(b"\n") == 1
+
+
+def test_a_silent_server_is_noticed(server: TritonServer) -> None:
+    streams = [stream_generate(server.grpc_url, "fox", Options(max_tokens=LONG)) for _ in range(SLOTS)]
+    for stream in streams:
+        next(stream)
+    with pytest.raises(PrismError, match=r"the server sent nothing for 0\.01 s"):
+        answer(server, "dog", Options(timeout=0.01))
+    for stream in streams:
+        stream.close()
+    server.probe()

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from prism_trt.data.feature_cache import FeatureCache
+from prism_trt.drafter.model import Drafter
+from prism_trt.errors import PrismError
+from prism_trt.train.checkpoints import LATEST
+from prism_trt.train.loop import Trainer, TrainingResult, UpdateReport
+from prism_trt.train.simulate import SimulatedAcceptance
+from prism_trt.train.stages import Stage
+from tests.tiny import tiny_drafter, tiny_target
+from tests.train.synthetic import small_training
+
+
+class Recorder:
+    """An observer that keeps what it is told; `stop_at` interrupts the run there as Ctrl-C would."""
+
+    def __init__(self, stop_at: tuple[str, int] | None = None) -> None:
+        self.stop_at = stop_at
+        self.start: tuple[int, int] | None = None
+        self.updates: list[UpdateReport] = []
+        self.simulations: list[tuple[str, int, SimulatedAcceptance]] = []
+
+    def started(self, planned: list[Stage], stage: int, update: int) -> None:
+        self.start = (stage, update)
+
+    def updated(self, report: UpdateReport) -> None:
+        self.updates.append(report)
+        if self.stop_at == (report.stage.name, report.update):
+            raise KeyboardInterrupt
+
+    def simulated(self, stage: Stage, update: int, acceptance: SimulatedAcceptance) -> None:
+        self.simulations.append((stage.name, update, acceptance))
+
+
+def run(
+    data: Path, work: Path, recorder: Recorder | None = None, init: Drafter | None = None, **changes: object
+) -> TrainingResult:
+    work.mkdir(exist_ok=True)
+    target = tiny_target()
+    trainer = Trainer(target, FeatureCache(data / "cache", target), small_training(**changes), work, init)
+    return trainer.run([recorder or Recorder()])
+
+
+def same_weights(a: Drafter, b: Drafter) -> bool:
+    left, right = a.state_dict(), b.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_stages_follow_each_other_and_are_measured(trained_on: Path, tmp_path: Path) -> None:
+    recorder = Recorder()
+    result = run(trained_on, tmp_path / "work", recorder)
+    assert [(r.stage.name, r.update) for r in recorder.updates] == [
+        *(("one_step", i) for i in range(1, 7)),
+        *(("alignment", i) for i in range(1, 5)),
+        *(("tuning", i) for i in range(1, 5)),
+    ]
+    assert [r.update for r in recorder.updates if r.measured and r.stage.name == "one_step"] == [1, 3, 5, 6]
+    assert [len(r.measured.agreement) for r in recorder.updates if r.measured and r.update == 1] == [1, 3, 4]
+    assert [(name, update) for name, update, _ in recorder.simulations] == [
+        *(("one_step", 5), ("one_step", 6), ("alignment", 4), ("tuning", 4)),
+    ]
+    assert result.acceptance == recorder.simulations[-1][2]
+    assert result.rows == sum(r.rows for r in recorder.updates)
+    drafter = result.drafter
+    assert (drafter.config.num_modules, drafter.config.step_map) == (2, (0, 1))
+    assert drafter.draft_vocab is not None
+    assert set(tiny_target().tokenizer.eos_token_ids) <= set(drafter.draft_vocab.tolist())
+
+
+def test_training_lowers_the_loss_and_raises_the_acceptance_length(trained_on: Path, tmp_path: Path) -> None:
+    recorder = Recorder()
+    run(trained_on, tmp_path / "work", recorder, one_step_updates=80, alignment_updates=0, tuning_updates=0, modules=1)
+    losses = [r.measured.cross_entropy[0] for r in recorder.updates if r.measured]
+    assert losses[-1] < 0.8 * losses[0]
+    assert recorder.simulations[-1][2].top4[0] > recorder.simulations[0][2].top4[0]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("stop", [("one_step", 3), ("alignment", 1), ("tuning", 3)])
+def test_an_interrupted_run_continues_to_the_same_weights(
+    stop: tuple[str, int], optimizer: str, trained_on: Path, tmp_path: Path
+) -> None:
+    whole = run(trained_on, tmp_path / "whole", optimizer=optimizer)
+    with pytest.raises(KeyboardInterrupt):
+        run(trained_on, tmp_path / "cut", Recorder(stop_at=stop), optimizer=optimizer)
+    recorder = Recorder()
+    continued = run(trained_on, tmp_path / "cut", recorder, optimizer=optimizer)
+    assert recorder.start != (0, 0)
+    assert same_weights(whole.drafter, continued.drafter)
+    assert (whole.rows, whole.acceptance) == (continued.rows, continued.acceptance)
+
+
+def test_changed_options_of_a_later_stage_keep_the_earlier_stages(trained_on: Path, tmp_path: Path) -> None:
+    run(trained_on, tmp_path / "work")
+    recorder = Recorder()
+    changed = run(trained_on, tmp_path / "work", recorder, tuning_updates=3, modules=3)
+    assert recorder.start == (1, 4)
+    assert {r.stage.name for r in recorder.updates} == {"tuning"}
+    assert same_weights(changed.drafter, run(trained_on, tmp_path / "new", tuning_updates=3, modules=3).drafter)
+
+
+def test_changed_options_of_the_first_stage_are_refused(trained_on: Path, tmp_path: Path) -> None:
+    run(trained_on, tmp_path / "work")
+    with pytest.raises(PrismError, match="another --work"):
+        run(trained_on, tmp_path / "work", seed=1)
+
+
+def test_a_damaged_checkpoint_is_named(trained_on: Path, tmp_path: Path) -> None:
+    run(trained_on, tmp_path / "work")
+    path = tmp_path / "work" / LATEST
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(PrismError, match=r"checkpoint\.pt is damaged"):
+        run(trained_on, tmp_path / "work")
+
+
+def test_a_diverging_run_stops_and_keeps_its_checkpoint(trained_on: Path, tmp_path: Path) -> None:
+    recorder = Recorder()
+    with pytest.raises(PrismError, match=r"no longer finite .* lower --one-step-lr"):
+        run(trained_on, tmp_path / "work", recorder, one_step_lr=1e30, one_step_updates=20, save_every=1)
+    kept = torch.load(tmp_path / "work" / LATEST, weights_only=True)
+    assert kept["update"] <= len(recorder.updates)
+    assert all(bool(torch.isfinite(value).all()) for value in kept["drafter"].values())
+
+
+def test_an_initial_drafter_is_where_training_starts(trained_on: Path, tmp_path: Path) -> None:
+    target = tiny_target()
+    init = tiny_drafter(target, modules=1).requires_grad_(True)
+    vocab = init.draft_vocab
+    untouched = run(trained_on, tmp_path / "work", init=init, one_step_updates=0, alignment_updates=0, tuning_updates=0)
+    assert untouched.drafter.draft_vocab is vocab
+    assert all(same_weights(module, init.modules_[0]) for module in untouched.drafter.modules_)  # type: ignore[arg-type]
+    with pytest.raises(PrismError, match="single module"):
+        run(trained_on, tmp_path / "other", init=tiny_drafter(target, modules=2))
+
+
+def test_nothing_left_to_train_on_is_refused(trained_on: Path, tmp_path: Path) -> None:
+    target = tiny_target()
+    cache = FeatureCache(trained_on / "cache", target)
+    cache.greedy = np.ones(len(cache), dtype=bool)
+    with pytest.raises(PrismError, match="lower --hold-back"):
+        Trainer(target, cache, small_training(hold_back=1000), tmp_path)
