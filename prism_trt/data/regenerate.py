@@ -98,7 +98,7 @@ def plan_generation(prompts: list[list[int]], settings: GenerationConfig, target
 
 def regenerate(
     plan: GenerationPlan,
-    engine: Engine,
+    open_engine: Callable[[], Engine],
     directory: Path,
     answers: int | None = None,
     announce: Callable[[str], None] = lambda message: None,
@@ -111,6 +111,7 @@ def regenerate(
     except for rounding differences between batch shapes if the engine has any.
 
     Args:
+        open_engine: makes an engine for the plan's target; called only when something is missing.
         announce: told the size before anything is written, and the counts at the end.
 
     Raises:
@@ -121,12 +122,6 @@ def regenerate(
     _claim(directory, plan.identity)
     shards = range(plan.shards(answers))
     missing = [shard for shard in shards if not _is_complete(shard_path(directory, shard), plan, shard)]
-    longest = max(map(len, plan.prompts)) + plan.settings.max_new_tokens
-    if longest > engine.limits.context:
-        raise PrismError(
-            f"the engine holds {engine.limits.context} tokens per sequence but prompt and answer may need {longest}: "
-            "lower --max-prompt-tokens or --max-new-tokens"
-        )
     if missing:
         need = sum(plan.largest_bytes(range(shard, shard + 1)) for shard in missing)
         free = shutil.disk_usage(directory).free
@@ -135,6 +130,13 @@ def regenerate(
             raise PrismError(
                 f"the feature cache may need {need / 1e9:.2f} GB but {directory} has {free / 1e9:.2f} GB free: "
                 "pass --cache on a larger disk, or a smaller --answers or --max-new-tokens"
+            )
+        engine = open_engine()
+        longest = max(map(len, plan.prompts)) + plan.settings.max_new_tokens
+        if longest > engine.limits.context:
+            raise PrismError(
+                f"the engine holds {engine.limits.context} tokens per sequence but prompt and answer may need "
+                f"{longest}: lower --max-prompt-tokens or --max-new-tokens"
             )
         (directory / MANIFEST_FILE).unlink(missing_ok=True)
         _answer(plan, engine, directory, missing, len(shards), listener)

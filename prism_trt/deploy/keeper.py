@@ -34,6 +34,7 @@ MODEL_PREFIX = "model-"
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _SCAN_MILLISECONDS = 500
 _KILL_MARGIN_SECONDS = 2.0
+_FLUSH_SECONDS = 0.3
 
 
 def prctl(option: int, value: int) -> None:
@@ -112,14 +113,24 @@ class Keeper:
         return MODEL_DIED
 
     def _stop_politely(self) -> None:
+        """Ask the server to end and wait until it has, the grace period is over, or a second signal arrives."""
         with contextlib.suppress(BlockingIOError):
             os.read(self.signals, 1)
         self.server.terminate()
-        waiter = select.poll()
-        waiter.register(self.server_fd, select.POLLIN)
-        waiter.register(self.signals, select.POLLIN)
         # An open gRPC stream keeps the server alive past its own exit timeout.
-        waiter.poll(1000 * (self.grace + _KILL_MARGIN_SECONDS))
+        deadline = time.monotonic() + self.grace + _KILL_MARGIN_SECONDS
+        self.poller.unregister(self.parent_fd)
+        self._watch_new_models()
+        while (left := deadline - time.monotonic()) > 0:
+            ended = {fd for fd, _ in self.poller.poll(1000 * left)}
+            if ended & {self.signals, self.server_fd}:
+                return
+            for fd in ended & self.models.keys():
+                self.poller.unregister(fd)
+                del self.models[fd]
+            if ended and not self.models:
+                # All requests are answered; the server itself would take another second or two.
+                deadline = min(deadline, time.monotonic() + _FLUSH_SECONDS)
 
     def _sweep(self) -> None:
         deadline = time.monotonic() + 10

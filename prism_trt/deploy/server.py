@@ -36,7 +36,9 @@ _RESTRICTED = "shared-memory,model-repository,model-config,trace,logging,statist
 _POLL_SECONDS = 0.03
 _TAIL_LINES, _LOG_BYTES = 12, 1 << 16
 _LINE_CHARACTERS = 400
-_LOAD_FAILURE = re.compile(r"failed to load '.*?' version \d+: \w+: (.*?)(?:\\n|\"$)", re.MULTILINE)
+_LOAD_FAILURE = re.compile(
+    r"failed to load '.*?' version \d+: \w+: (?:TritonModelException: )?(.*?)(?:\\n|\"$)", re.MULTILINE
+)
 _CHATTER = re.compile(r"I\d{4} |[|+][ -]")
 _INSTALL = "install it with: pip install nvidia-pytriton 'numpy<2'"
 
@@ -61,7 +63,7 @@ def find_triton() -> TritonFiles:
     if spec is None or not spec.submodule_search_locations:
         raise PrismError(f"nvidia-pytriton, which holds the Triton server, is not installed: {_INSTALL}")
     package = Path(next(iter(spec.submodule_search_locations)))
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    version = ".".join(map(str, sys.version_info[:2]))
     root = package / "tritonserver"
     files = TritonFiles(
         server=root / "bin" / "tritonserver",
@@ -108,7 +110,7 @@ def preflight(files: TritonFiles, environment: dict[str, str]) -> None:
     if missing:
         raise PrismError(
             f"the Triton model process misses {', '.join(missing)}: use a Python built with a shared library, or "
-            f"install your system's libpython{sys.version_info.major}.{sys.version_info.minor} package"
+            f"install your system's libpython package"
         )
 
 

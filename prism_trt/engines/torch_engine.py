@@ -1,8 +1,8 @@
-"""`TorchEngine`: the engine protocol in plain torch, on any device. The reference that other engines are compared with."""
+"""The engine protocol in plain torch, on any device: the reference that other engines are compared with."""
 
 from __future__ import annotations
 
-from typing import TypeVar
+import copy
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,6 @@ from prism_trt.engines.protocol import DraftOutput, EngineLimits, LogitsFor, Tar
 from prism_trt.errors import PrismError
 from prism_trt.target.loading import Target
 from prism_trt.target.model import KVPool, LlamaModel, PoolAccess, attend
-
-
-Module = TypeVar("Module", bound=nn.Module)
 
 
 class TorchEngine:
@@ -31,8 +28,17 @@ class TorchEngine:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Copy the weights to `device` as `dtype` and allocate the K/V pools."""
+        """Bring the weights to `device` as `dtype` and allocate the K/V pools.
+
+        Raises:
+            PrismError: the context is longer than the positions the target knows.
+        """
         config = target.config
+        if limits.context > config.max_position_embeddings:
+            raise PrismError(
+                f"the context of {limits.context} tokens exceeds the target's {config.max_position_embeddings} "
+                "positions: ask for a smaller context"
+            )
         self.device = device
         self.limits = limits
         self.vocab_size = config.vocab_size
@@ -40,13 +46,15 @@ class TorchEngine:
         self.has_drafter = drafter is not None
         self.draft_vocab = None
         self._dtype = dtype
-        self._target = _copy(target.model, LlamaModel(config), device, dtype)
+        state = {name: tensor.detach().to(device, dtype) for name, tensor in target.model.state_dict().items()}
+        self._target = LlamaModel.from_state(config, state)
         self._pool = KVPool.allocate(
             config.num_layers, limits.slots, config.num_kv_heads, limits.context, config.head_dim, dtype, device
         )
+        self._drafter: Drafter | None = None
         if drafter is not None:
             shape = drafter.config
-            self._drafter = _copy(drafter, Drafter(shape, drafter.draft_vocab), device, dtype)
+            self._drafter = copy.deepcopy(drafter).to(device, dtype).requires_grad_(False).eval()
             self.draft_vocab = self._drafter.draft_vocab
             self._draft_head = self._drafter.head_rows(self._target.head_weight)
             self._draft_pool = KVPool.allocate(
@@ -58,9 +66,10 @@ class TorchEngine:
         """See `prism_trt.engines.protocol.Engine.forward`.
 
         Raises:
-            PrismError: a token lies outside the context.
+            PrismError: the call exceeds the engine's limits.
+            ValueError: two rows share a slot, or a slot does not exist.
         """
-        self._check(batch)
+        self._check_size(batch)
         features = self._target(batch, self._pool)
         if logits_for == "none":
             return TargetOutput(features, None, None)
@@ -70,55 +79,45 @@ class TorchEngine:
     @torch.inference_mode()
     def commit(self, slots: Tensor, lengths: Tensor, accepted: Tensor, counts: Tensor) -> None:
         """See `prism_trt.engines.protocol.Engine.commit`."""
-        rows = zip(slots.tolist(), lengths.tolist(), accepted, counts.tolist(), strict=True)
-        for slot, length, path, count in rows:
+        for slot, length, path, count in zip(slots.tolist(), lengths.tolist(), accepted, counts.tolist(), strict=True):
             self._pool.move(slot, length + path[:count], length)
 
     @torch.inference_mode()
     def extend(self, batch: TokenBatch, features: Tensor) -> DraftOutput:
-        """See `prism_trt.engines.protocol.Engine.extend`."""
-        hidden = _last(self._draft(0, batch, features), batch)
-        return DraftOutput(self._draft_logits(hidden), hidden)
+        """See `prism_trt.engines.protocol.Engine.extend`; raises as `forward` does."""
+        return self._predict(_last(self._draft(0, batch, features), batch))
 
     @torch.inference_mode()
     def step(self, k: int, batch: TokenBatch, hidden: Tensor) -> DraftOutput:
-        """See `prism_trt.engines.protocol.Engine.step`."""
-        hidden = self._draft(k, batch, hidden)
-        return DraftOutput(self._draft_logits(hidden), hidden)
+        """See `prism_trt.engines.protocol.Engine.step`; raises as `forward` does."""
+        return self._predict(self._draft(k, batch, hidden))
 
     def _draft(self, k: int, batch: TokenBatch, hidden: Tensor) -> Tensor:
-        self._check(batch)
+        """[B, T, H] hidden states of module sigma(k), whose K/V it writes into the one draft layer."""
+        if self._drafter is None:
+            raise ValueError("this engine has no drafter")
+        self._check_size(batch)
+        access = PoolAccess.of(batch, self._draft_pool)
         module = self._drafter.module(k)
-        embeds = self._target.model.embed_tokens(batch.tokens)
-        x = module.fuse(embeds, hidden.to(self._dtype))
-        access = PoolAccess.of(batch)
-        q, k_new, v_new = module.qkv(x, batch.positions)
-        keys, values = access.update(self._draft_pool, 0, k_new, v_new)
-        return module.finish(x, attend(q, keys, values, access.mask))
+        x = module.fuse(self._target.model.embed_tokens(batch.tokens), hidden.to(self._dtype))
+        queries, keys, values = module.qkv(x, batch.positions)
+        keys, values = access.update(self._draft_pool, 0, keys, values)
+        return module.finish(x, attend(queries, keys, values, access.mask))
 
-    def _draft_logits(self, hidden: Tensor) -> Tensor:
-        return nn.functional.linear(hidden, self._draft_head).float()
+    def _predict(self, hidden: Tensor) -> DraftOutput:
+        return DraftOutput(nn.functional.linear(hidden, self._draft_head).float(), hidden)
 
-    def _check(self, batch: TokenBatch) -> None:
-        end = int((batch.lengths + batch.offset + batch.counts).max())
-        if end > self.limits.context:
-            raise PrismError(f"the call needs {end} K/V entries but the context has {self.limits.context}: shorten the prompt")
-        if len(set(batch.slots.tolist())) < len(batch.slots):
-            raise ValueError("two rows of a call share a slot")
-
-
-def _copy(source: Module, twin: Module, device: torch.device, dtype: torch.dtype) -> Module:
-    """`twin` with the parameters of `source`; float32 tables keep their type. Parameters are shared where possible."""
-    state = {name: tensor.to(device, dtype) for name, tensor in source.state_dict().items()}
-    twin.load_state_dict(state, assign=True)
-    for name, buffer in source.named_buffers():
-        if name not in state:
-            owner, _, leaf = name.rpartition(".")
-            setattr(twin.get_submodule(owner), leaf, buffer.to(device))
-    return twin.requires_grad_(False).eval()
+    def _check_size(self, batch: TokenBatch) -> None:
+        size, limit = batch.tokens.numel(), self.limits.tokens_per_call
+        if size > limit:
+            raise PrismError(
+                f"the call has {size} tokens but the engine's limit is {limit}: send them in smaller chunks"
+            )
 
 
 def _last(rows: Tensor, batch: TokenBatch) -> Tensor:
     """[B, 1, H]: each row's last valid token of [B, T, H]."""
+    if rows.shape[1] == 1:
+        return rows
     index = (batch.counts - 1)[:, None, None].expand(-1, 1, rows.shape[2])
     return rows.gather(1, index)

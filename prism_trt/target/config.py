@@ -68,6 +68,8 @@ class TargetConfig(StrictModel):
             }
         except KeyError as error:
             raise PrismError(f"{source} lacks {error}: it is not a complete model config") from None
+        except (TypeError, ValueError, ZeroDivisionError) as error:
+            raise PrismError(f"{source} has a value of the wrong kind ({error}): download the config again") from None
         return parse(cls, fields, source)
 
     def to_hf(self) -> dict[str, Any]:
@@ -111,6 +113,8 @@ def _rope(values: dict[str, Any], source: str) -> dict[str, Any]:
     rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
     theta = rope.pop("rope_theta", None) or values.get("rope_theta", 10000.0)
     kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
+    if rope.pop("partial_rotary_factor", None) not in (None, 1.0) or values.get("partial_rotary_factor", 1.0) != 1.0:
+        raise PrismError(f"{source}: partial_rotary_factor is not supported: only full rotary embeddings are")
     if kind == "default":
         return {"rope_theta": theta}
     if kind != "llama3":

@@ -12,31 +12,30 @@ _BROKEN = "\ufffd"
 class DetokenizerStream:
     """Turns tokens into text deltas that never split a character.
 
-    The text of the last few tokens is decoded with and without the new ones; the difference is new text. It is held
-    back while it ends in an incomplete UTF-8 sequence.
+    A window of the last tokens is decoded with and without the new ones; the difference is new text. The window keeps
+    the tokens of the previous delta, because some tokenizers drop a space at the beginning of what they decode. Text is
+    held back while it ends in an incomplete UTF-8 sequence.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._start = 0
-        """First token of the window that is decoded; earlier text never changes."""
-        self._sent = 0
-        """Tokens whose text has been returned."""
+        self._window: list[int] = []
+        self._shown = 0
+        """Tokens of the window whose text has been returned."""
 
     def push(self, ids: Sequence[int]) -> str:
         """Append tokens; the text that is certain by now and was not returned before."""
-        self._ids += ids
-        text = self._tokenizer.decode(self._ids[self._start :])
-        if text.endswith(_BROKEN):
-            return ""
-        return self._advance(text)
+        self._window += ids
+        text = self._tokenizer.decode(self._window)
+        return "" if text.endswith(_BROKEN) else self._advance(text)
 
     def flush(self) -> str:
         """The rest of the text; bytes that never became a character are U+FFFD."""
-        return self._advance(self._tokenizer.decode(self._ids[self._start :]))
+        return self._advance(self._tokenizer.decode(self._window))
 
     def _advance(self, text: str) -> str:
-        before = self._tokenizer.decode(self._ids[self._start : self._sent])
-        self._start, self._sent = self._sent, len(self._ids)
-        return text[len(before) :]
+        new = text[len(self._tokenizer.decode(self._window[: self._shown])) :]
+        if new:
+            del self._window[: self._shown]
+        self._shown = len(self._window)
+        return new

@@ -8,6 +8,7 @@ import json
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ class Target:
     tokenizer: Tokenizer
     path: Path
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of config and tokenizer: what a drafter must have been trained for."""
         return sha256_json([self.config.model_dump(mode="json"), self.tokenizer.fingerprint])
@@ -47,9 +48,9 @@ def load_target(path: Path, dtype: torch.dtype = torch.float32) -> Target:
     """
     path = Path(path)
     if path.is_dir():
-        target = _load_directory(path)
+        target = _load_directory(path, dtype)
     elif path.is_file():
-        target = _load_gguf(path)
+        target = _load_gguf(path, dtype)
     else:
         raise PrismError(f"{path} does not exist: pass a Hugging Face model directory or a GGUF file")
     if target.tokenizer.vocab_size > target.config.vocab_size:
@@ -57,7 +58,6 @@ def load_target(path: Path, dtype: torch.dtype = torch.float32) -> Target:
             f"{path}: the tokenizer has {target.tokenizer.vocab_size} tokens but the model only "
             f"{target.config.vocab_size}: use the model's own tokenizer"
         )
-    target.model.to(dtype).requires_grad_(False).eval()
     return target
 
 
@@ -70,7 +70,7 @@ def save_hf(target: Target, directory: Path) -> None:
     save_file(state, directory / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
-def _load_directory(path: Path) -> Target:
+def _load_directory(path: Path, dtype: torch.dtype) -> Target:
     config_file = path / CONFIG_FILE
     if not config_file.is_file():
         raise PrismError(f"{path} has no {CONFIG_FILE}: pass a Hugging Face model directory or a GGUF file")
@@ -80,7 +80,7 @@ def _load_directory(path: Path) -> Target:
         raise PrismError(f"{config_file} is not valid JSON: {error}") from None
     config = TargetConfig.from_hf(values, str(config_file))
     tokenizer = load_hf_tokenizer(path, config.eos_token_ids)
-    return Target(config, _fill(config, _tensors(path), path), tokenizer, path)
+    return Target(config, _fill(config, _tensors(path), path, dtype), tokenizer, path)
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -88,7 +88,9 @@ def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     files = [path / WEIGHTS_FILE]
     if not files[0].is_file():
         if not (path / INDEX_FILE).is_file():
-            raise PrismError(f"{path} has neither {WEIGHTS_FILE} nor {INDEX_FILE}: only safetensors weights are supported")
+            raise PrismError(
+                f"{path} has neither {WEIGHTS_FILE} nor {INDEX_FILE}: only safetensors weights are supported"
+            )
         try:
             names = json.loads((path / INDEX_FILE).read_text())["weight_map"].values()
         except (ValueError, KeyError, AttributeError):
@@ -97,7 +99,7 @@ def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                for name in tensors.keys():
                     yield name, tensors.get_tensor(name)
         except FileNotFoundError:
             raise PrismError(f"{file} does not exist: download the model again") from None
@@ -105,29 +107,27 @@ def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
             raise PrismError(f"{file} is truncated or damaged ({error}): download the model again") from None
 
 
-def _fill(config: TargetConfig, tensors: Iterator[tuple[str, Tensor]], path: Path) -> LlamaModel:
+def _fill(config: TargetConfig, tensors: Iterator[tuple[str, Tensor]], path: Path, dtype: torch.dtype) -> LlamaModel:
     """A model with every parameter taken from `tensors`, names and shapes checked."""
     with torch.device("meta"):
         expected = {name: tensor.shape for name, tensor in LlamaModel(config).state_dict().items()}
     state = {}
     for name, tensor in tensors:
-        if name == "lm_head.weight" and config.tie_word_embeddings or name.endswith("rotary_emb.inv_freq"):
+        if (name == "lm_head.weight" and config.tie_word_embeddings) or name.endswith("rotary_emb.inv_freq"):
             continue
         if name not in expected:
             raise PrismError(f"{path} holds an unexpected tensor {name}: it is not a plain LLaMA-family model")
         if tensor.shape != expected[name]:
-            raise PrismError(f"{path}: {name} has shape {list(tensor.shape)}, but the config says {list(expected[name])}")
-        state[name] = tensor.float()
+            raise PrismError(
+                f"{path}: {name} has shape {list(tensor.shape)}, but the config says {list(expected[name])}"
+            )
+        state[name] = tensor.to(dtype)
     if missing := expected.keys() - state.keys():
         raise PrismError(f"{path} lacks the tensor {min(missing)}: download the model again")
-    with torch.device("meta"):
-        model = LlamaModel(config)
-    model.load_state_dict(state, assign=True)
-    model.reset_tables()
-    return model
+    return LlamaModel.from_state(config, state)
 
 
-def _load_gguf(path: Path) -> Target:
+def _load_gguf(path: Path, dtype: torch.dtype) -> Target:
     with path.open("rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":
@@ -153,5 +153,5 @@ def _load_gguf(path: Path) -> Target:
         eos_token=wrapped.eos_token,
         eos_token_ids=config.eos_token_ids,
     )
-    model = _fill(config, iter(loaded.state_dict().items()), path)
+    model = _fill(config, iter(loaded.state_dict().items()), path, dtype)
     return Target(config, model, Tokenizer(wrapped.backend_tokenizer, settings), path)

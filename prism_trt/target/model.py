@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from prism_trt.config import RopeScaling
 from prism_trt.engines.protocol import TokenBatch
+from prism_trt.errors import PrismError
 from prism_trt.target.config import TargetConfig
 
 
@@ -107,58 +108,109 @@ class KVPool:
     def move(self, slot: int, source: Tensor, start: int) -> None:
         """Copy entries `source` [n] int64 of a slot to entries start..start+n-1, in every layer."""
         for pool in (self.keys, self.values):
-            rows = pool[:, slot]
-            rows[:, :, start : start + len(source)] = rows[:, :, source].clone()
+            pool[:, slot, :, start : start + len(source)] = pool[:, slot, :, source]
 
 
 @dataclass(frozen=True)
 class PoolAccess:
-    """How one batch reads and writes a pool; computed once and used by every layer."""
+    """How one batch reads and writes a pool; resolved once and used by every layer."""
 
-    slots: Tensor
-    valid: tuple[Tensor, Tensor]
-    """Row and column of every token that is not padding."""
-    entries: Tensor
-    """[n] pool index of those tokens."""
+    slots: slice | Tensor
+    """The slot of each row; a slice when they are consecutive, because reading then copies nothing."""
+    span: slice | None
+    """Entries that every row writes, when they are the same for all and `slots` is a slice."""
+    scatter: tuple[Tensor, Tensor, Tensor, Tensor] | None
+    """Otherwise: row, column, slot and entry [n] of every token that is not padding."""
     window: int
     """Entries any token may read."""
-    mask: Tensor
-    """[B, 1, T, window] bool."""
+    mask: Tensor | None
+    """[B, 1, T, window] bool; None when every token reads the whole window."""
 
     @classmethod
-    def of(cls, batch: TokenBatch) -> PoolAccess:
-        """Resolve the protocol's rules: committed entries are visible, in-flight ones by mask or causally."""
-        rows, tokens = batch.tokens.shape
-        device = batch.tokens.device
-        steps = torch.arange(tokens, device=device)
-        in_flight = batch.offset + tokens
-        window = int((batch.lengths + batch.offset + batch.counts).max())
-        flight = torch.arange(window, device=device) - batch.lengths[:, None]  # [B, window]
-        if batch.mask is None:
-            mask = flight[:, None] <= steps[:, None]
-        else:
-            admitted = batch.mask.gather(2, flight.clamp(0, in_flight - 1)[:, None].expand(-1, tokens, -1))
-            mask = (flight < 0)[:, None] | (admitted & (flight < in_flight)[:, None])
-        valid = steps < batch.counts[:, None]
-        # Padding reads entry 0, since a softmax over nothing is not a number; its output is never used.
-        mask = mask & valid[:, :, None] | (~valid[:, :, None] & (flight == -batch.lengths[:, None])[:, None])
-        row, column = valid.nonzero(as_tuple=True)
-        return cls(batch.slots, (row, column), batch.lengths[row] + batch.offset + column, window, mask[:, None])
+    def of(cls, batch: TokenBatch, pool: KVPool) -> PoolAccess:
+        """Resolve the rules of `prism_trt.engines.protocol`.
+
+        Raises:
+            PrismError: a token lies outside the pool's capacity.
+            ValueError: two rows share a slot, or a slot is not in the pool.
+        """
+        table = torch.stack((batch.slots, batch.lengths, batch.counts))  # one transfer from the device, not three
+        slots, lengths, counts = table.tolist()
+        _, pool_slots, _, capacity, _ = pool.keys.shape
+        if len(set(slots)) < len(slots):
+            raise ValueError(f"two rows of a call share a slot: {slots}")
+        if min(slots) < 0 or max(slots) >= pool_slots:
+            raise ValueError(f"the pool has {pool_slots} slots, but a call names the slots {slots}")
+        tokens = batch.tokens.shape[1]
+        window = batch.offset + max(length + count for length, count in zip(lengths, counts, strict=True))
+        if window > capacity:
+            raise PrismError(
+                f"the call needs {window} K/V entries but the context has {capacity}: shorten the prompt or build the "
+                "engine with a larger context"
+            )
+        consecutive = slots == list(range(slots[0], slots[0] + len(slots)))
+        full = min(counts) == tokens
+        same = full and min(lengths) == max(lengths)
+        start = lengths[0] + batch.offset
+        in_place = consecutive and same
+        return cls(
+            slots=slice(slots[0], slots[0] + len(slots)) if consecutive else batch.slots,
+            span=slice(start, start + tokens) if in_place else None,
+            scatter=None if in_place else _scatter(batch),
+            window=window,
+            mask=None if same and tokens == 1 and batch.mask is None else _readable(batch, window, full),
+        )
 
     def update(self, pool: KVPool, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write keys and values [B, T, g, d] and return the readable window [B, g, window, d] of each row."""
-        slots = self.slots[self.valid[0]]
-        pool.keys[layer][slots, :, self.entries] = keys[self.valid].to(pool.keys.dtype)
-        pool.values[layer][slots, :, self.entries] = values[self.valid].to(pool.values.dtype)
+        for entries, new in ((pool.keys[layer], keys), (pool.values[layer], values)):
+            if self.scatter is None:
+                entries[self.slots, :, self.span] = new.transpose(1, 2)
+            else:
+                row, column, slot, entry = self.scatter
+                entries[slot, :, entry] = new[row, column]
         return pool.keys[layer, self.slots, :, : self.window], pool.values[layer, self.slots, :, : self.window]
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """Grouped-query attention of [B, T, h, d] over [B, g, C, d] with a bool mask [B, 1, T, C]: [B, T, h*d]."""
-    shared = queries.shape[2] // keys.shape[1]
-    keys, values = (x.to(queries.dtype).repeat_interleave(shared, dim=1) for x in (keys, values))
-    attended = functional.scaled_dot_product_attention(queries.transpose(1, 2), keys, values, attn_mask=mask)
-    return attended.transpose(1, 2).flatten(2)
+def _scatter(batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    columns = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
+    row, column = (columns < batch.counts[:, None]).nonzero(as_tuple=True)
+    return row, column, batch.slots[row], batch.lengths[row] + batch.offset + column
+
+
+def _readable(batch: TokenBatch, window: int, full: bool) -> Tensor:
+    """[B, 1, T, window] bool: committed entries, and those in flight that the mask admits (causally without one)."""
+    device = batch.tokens.device
+    tokens = batch.tokens.shape[1]
+    columns = torch.arange(tokens, device=device)
+    flight = torch.arange(window, device=device) - batch.lengths[:, None]  # [B, window], negative when committed
+    if batch.mask is None:
+        return (flight[:, None] <= columns[:, None])[:, None]
+    last = batch.mask.shape[2] - 1
+    admitted = batch.mask.gather(2, flight.clamp(0, last)[:, None].expand(-1, tokens, -1))
+    mask = (flight < 0)[:, None] | (admitted & (flight <= last)[:, None])
+    if not full:  # padding reads everything, since a softmax over nothing is not a number
+        mask = mask | (columns >= batch.counts[:, None])[:, :, None]
+    return mask[:, None]
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """Grouped-query attention of [B, T, h, d] over [B, g, C, d]: [B, T, h * d].
+
+    Args:
+        mask: [B or 1, 1, T, C] bool; None reads everything.
+    """
+    rows, tokens, heads, width = queries.shape
+    groups = keys.shape[1]
+    shared = heads // groups
+    # Query heads that share a key head become further rows of it: keys and values are not repeated.
+    folded = queries.view(rows, tokens, groups, shared, width).permute(0, 2, 3, 1, 4)
+    folded = folded.reshape(rows, groups, shared * tokens, width)
+    if mask is not None and shared > 1:
+        mask = mask.repeat(1, 1, shared, 1)
+    attended = functional.scaled_dot_product_attention(folded, keys, values, attn_mask=mask)
+    attended = attended.view(rows, groups, shared, tokens, width).permute(0, 3, 1, 2, 4)
+    return attended.reshape(rows, tokens, heads * width)
 
 
 class SelfAttention(nn.Module):
@@ -208,22 +260,23 @@ class Trunk(nn.Module):
 class LlamaModel(nn.Module):
     """A target. Its state dict has the names of Hugging Face checkpoints; ``lm_head.weight`` only when untied."""
 
-    cosines: Tensor
-    sines: Tensor
-
     def __init__(self, config: TargetConfig) -> None:
         super().__init__()
         self.config = config
         self.model = Trunk(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.reset_tables()
+        # Not a buffer, because rotary angles must stay float32 when the weights do not.
+        self.frequencies = rope_frequencies(config)
 
-    def reset_tables(self) -> None:
-        """Compute the rotary tables anew; needed after the model was made on the meta device."""
-        cosines, sines = rope_tables(self.config, self.config.max_position_embeddings)
-        self.register_buffer("cosines", cosines, persistent=False)
-        self.register_buffer("sines", sines, persistent=False)
+    @classmethod
+    def from_state(cls, config: TargetConfig, state: dict[str, Tensor]) -> LlamaModel:
+        """A frozen model that shares the tensors of a complete state dict and is on their device."""
+        with torch.device("meta"):
+            model = cls(config)
+        model.load_state_dict(state, assign=True)
+        model.frequencies = rope_frequencies(config).to(state["model.norm.weight"].device)
+        return model.requires_grad_(False).eval()
 
     @property
     def head_weight(self) -> Tensor:
@@ -235,8 +288,13 @@ class LlamaModel(nn.Module):
         return functional.linear(features, self.head_weight).float()
 
     def forward(self, batch: TokenBatch, pool: KVPool) -> Tensor:
-        """Features [B, T, H] (post final norm) of a batch over the pool; writes its K/V."""
-        access = PoolAccess.of(batch)
+        """Features [B, T, H] (post final norm) of a batch over the pool; writes its K/V.
+
+        Raises:
+            PrismError: a token lies outside the pool's capacity.
+            ValueError: two rows share a slot, or a slot is not in the pool.
+        """
+        access = PoolAccess.of(batch, pool)
         cosine, sine = self._angles(batch.positions)
         x = self.model.embed_tokens(batch.tokens)
         for number, layer in enumerate(self.model.layers):
@@ -248,8 +306,8 @@ class LlamaModel(nn.Module):
 
     def forward_sequence(self, tokens: Tensor) -> Tensor:
         """Features [B, T, H] of whole sequences [B, T], causal, without a pool; padding belongs at the end."""
-        rows, length = tokens.shape
-        cosine, sine = self._angles(torch.arange(length, device=tokens.device).expand(rows, length))
+        length = tokens.shape[1]
+        cosine, sine = self._angles(torch.arange(length, device=tokens.device)[None])
         mask = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()[None, None]
         x = self.model.embed_tokens(tokens)
         for layer in self.model.layers:
@@ -259,5 +317,7 @@ class LlamaModel(nn.Module):
         return self.model.norm(x)
 
     def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        positions = positions.clamp(max=len(self.cosines) - 1)  # padding may lie past the end
-        return self.cosines[positions].unsqueeze(2), self.sines[positions].unsqueeze(2)
+        """Cosines and sines [..., 1, d / 2] of [...] positions, in the dtype of the weights."""
+        angles = (positions.unsqueeze(-1).float() * self.frequencies.to(positions.device)).unsqueeze(-2)
+        dtype = self.model.norm.weight.dtype
+        return angles.cos().to(dtype), angles.sin().to(dtype)

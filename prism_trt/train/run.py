@@ -17,7 +17,7 @@ from prism_trt.data.prompts import read_messages, tokenize_prompts
 from prism_trt.data.regenerate import GenerationProgress, plan_generation, regenerate
 from prism_trt.drafter.checkpoint import load_drafter, save_drafter
 from prism_trt.engines.loading import make_engine
-from prism_trt.engines.protocol import EngineLimits
+from prism_trt.engines.protocol import Engine, EngineLimits
 from prism_trt.engines.torch_engine import TorchEngine
 from prism_trt.errors import PrismError
 from prism_trt.manifest import sha256_file
@@ -66,15 +66,16 @@ def run_training(
     Raises:
         PrismError: for everything the user can put right.
     """
-    if paths.out is not None and paths.out.exists() and any(paths.out.iterdir()) and not overwrite:
-        raise PrismError(f"{paths.out} already exists: choose another --out or pass --overwrite")
+    out = paths.out
+    if out is not None and out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
+        raise PrismError(f"{out} already exists: choose another --out or pass --overwrite")
     conversations = read_messages(paths.data) if paths.data is not None else None
     target = load_target(paths.target)
     if conversations is not None:
         _generate(target, conversations, paths, generation, slots, answers)
     elif not (paths.cache / MANIFEST_FILE).is_file():
         raise PrismError(f"{paths.cache} is not a complete feature cache: pass --data to generate the answers")
-    if paths.out is None:
+    if out is None:
         return
 
     cache = FeatureCache(paths.cache, target)
@@ -91,8 +92,8 @@ def run_training(
     drafter = result.drafter
     provenance = _provenance(result, cache, paths, training, command)
     drafter.config = DrafterConfig.model_validate(drafter.config.model_dump() | {"provenance": provenance})
-    save_drafter(drafter.to(torch.bfloat16 if training.compute == "bfloat16" else torch.float32), paths.out, overwrite)
-    _say(f"wrote {paths.out}")
+    save_drafter(drafter.to(torch.bfloat16 if training.compute == "bfloat16" else torch.float32), out, overwrite)
+    _say(f"wrote {out}")
 
 
 def _generate(
@@ -109,15 +110,17 @@ def _generate(
         f"tokens, {prompts.duplicates} repeated"
     )
     plan = plan_generation(prompts.prompts, settings, target)
-    context = max(map(len, prompts.prompts)) + settings.max_new_tokens
-    engine = make_engine(
-        target, None, EngineLimits(slots, context, max(_TOKENS_PER_CALL, slots)), torch.get_num_threads()
-    )
-    total = len(prompts.prompts) if answers is None else min(answers, len(prompts.prompts))
     threads = torch.get_num_threads()
-    if not isinstance(engine, TorchEngine):
-        # A compiled engine has threads of its own; torch's would wait for the same processors.
-        torch.set_num_threads(1)
+
+    def open_engine() -> Engine:
+        context = max(map(len, prompts.prompts)) + settings.max_new_tokens
+        engine = make_engine(target, None, EngineLimits(slots, context, max(_TOKENS_PER_CALL, slots)), threads)
+        if not isinstance(engine, TorchEngine):
+            # A compiled engine has threads of its own; torch's would wait for the same processors.
+            torch.set_num_threads(1)
+        return engine
+
+    total = len(prompts.prompts) if answers is None else min(answers, len(prompts.prompts))
     with progress("answering", total) as reporter:
         shown = 0
 
@@ -127,7 +130,7 @@ def _generate(
             shown = now.answered
             reporter.describe(f"answering, {now.tokens_per_second:,.0f} tokens/s")
 
-        regenerate(plan, engine, paths.cache, answers, _say, listen)
+        regenerate(plan, open_engine, paths.cache, answers, _say, listen)
     torch.set_num_threads(threads)
 
 

@@ -16,6 +16,7 @@ from prism_trt.data import regenerate as regenerate_module
 from prism_trt.data.feature_cache import MANIFEST_FILE, FeatureCache, shard_path, write_shard
 from prism_trt.data.regenerate import GenerationPlan, GenerationProgress, plan_generation, regenerate
 from prism_trt.data.sequences import FeatureSequence
+from prism_trt.engines.torch_engine import TorchEngine
 from prism_trt.errors import PrismError
 from prism_trt.target.loading import Target
 from tests.tiny import tiny_target
@@ -44,7 +45,7 @@ def shard_bytes(directory: Path) -> dict[str, bytes]:
 def test_greedy_answers_and_features_are_the_targets_own(target: Target, tmp_path: Path) -> None:
     plan = make_plan(target, sampled_share=0.0)
     seen: list[GenerationProgress] = []
-    regenerate(plan, torch_engine(target, slots=3), tmp_path / "cache", listener=seen.append)
+    regenerate(plan, lambda: torch_engine(target, slots=3), tmp_path / "cache", listener=seen.append)
     cache = FeatureCache(tmp_path / "cache", target)
     assert seen[-1].answered == seen[-1].total == 20
     assert len(cache) + cache.manifest["counts"]["too_short"] == 20
@@ -65,8 +66,8 @@ def test_greedy_answers_and_features_are_the_targets_own(target: Target, tmp_pat
 
 def test_the_sampled_share_is_sampled_and_marked(target: Target, tmp_path: Path) -> None:
     plan = make_plan(target, sampled_share=0.5)
-    regenerate(plan, torch_engine(target), tmp_path / "sampled")
-    regenerate(make_plan(target, sampled_share=0.0), torch_engine(target), tmp_path / "greedy")
+    regenerate(plan, lambda: torch_engine(target), tmp_path / "sampled")
+    regenerate(make_plan(target, sampled_share=0.0), lambda: torch_engine(target), tmp_path / "greedy")
     sampled, greedy = FeatureCache(tmp_path / "sampled", target), FeatureCache(tmp_path / "greedy", target)
     assert 0 < sampled.greedy.sum() < len(sampled)
     answers = {tuple(s.tokens.tolist()) for s in map(greedy.sequence, range(len(greedy)))}
@@ -77,18 +78,18 @@ def test_the_sampled_share_is_sampled_and_marked(target: Target, tmp_path: Path)
 
 def test_an_interrupted_regeneration_continues_to_the_same_cache(target: Target, tmp_path: Path) -> None:
     plan = make_plan(target)
-    regenerate(plan, torch_engine(target), tmp_path / "whole")
+    regenerate(plan, lambda: torch_engine(target), tmp_path / "whole")
 
     def stop(progress: GenerationProgress) -> None:
         if progress.answered >= 12:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        regenerate(plan, torch_engine(target), tmp_path / "cut", listener=stop)
+        regenerate(plan, lambda: torch_engine(target), tmp_path / "cut", listener=stop)
     assert 0 < len(shard_bytes(tmp_path / "cut")) < 3
     with pytest.raises(PrismError, match=MANIFEST_FILE):
         FeatureCache(tmp_path / "cut", target)
-    regenerate(plan, torch_engine(target), tmp_path / "cut")
+    regenerate(plan, lambda: torch_engine(target), tmp_path / "cut")
     whole, cut = FeatureCache(tmp_path / "whole", target), FeatureCache(tmp_path / "cut", target)
     assert len(whole) == len(cut)
     for index in range(len(whole)):
@@ -97,10 +98,10 @@ def test_an_interrupted_regeneration_continues_to_the_same_cache(target: Target,
 
 def test_a_larger_number_of_answers_extends_the_cache(target: Target, tmp_path: Path) -> None:
     plan = make_plan(target)
-    regenerate(plan, torch_engine(target), tmp_path / "cache", answers=5)
+    regenerate(plan, lambda: torch_engine(target), tmp_path / "cache", answers=5)
     few = shard_bytes(tmp_path / "cache")
     assert list(few) == ["shard-00000.safetensors"]
-    regenerate(plan, torch_engine(target), tmp_path / "cache")
+    regenerate(plan, lambda: torch_engine(target), tmp_path / "cache")
     many = shard_bytes(tmp_path / "cache")
     assert len(many) == 3
     assert many["shard-00000.safetensors"] == few["shard-00000.safetensors"]
@@ -109,25 +110,27 @@ def test_a_larger_number_of_answers_extends_the_cache(target: Target, tmp_path: 
 
 def test_a_complete_cache_is_not_generated_again(target: Target, tmp_path: Path) -> None:
     plan = make_plan(target)
-    regenerate(plan, torch_engine(target), tmp_path / "cache")
-    asked: list[GenerationProgress] = []
-    regenerate(plan, torch_engine(target), tmp_path / "cache", listener=asked.append)
-    assert asked == []
+    regenerate(plan, lambda: torch_engine(target), tmp_path / "cache")
+
+    def refuse() -> TorchEngine:
+        raise AssertionError("nothing is missing")
+
+    regenerate(plan, refuse, tmp_path / "cache")
 
 
 @pytest.mark.parametrize(("changes", "key"), [({"temperature": 0.9}, "settings"), ({"count": 19}, "prompts")])
 def test_a_cache_of_other_options_is_refused(
     changes: dict[str, float], key: str, target: Target, tmp_path: Path
 ) -> None:
-    regenerate(make_plan(target), torch_engine(target), tmp_path / "cache", answers=5)
+    regenerate(make_plan(target), lambda: torch_engine(target), tmp_path / "cache", answers=5)
     with pytest.raises(PrismError, match=f"another {key}"):
-        regenerate(make_plan(target, **changes), torch_engine(target), tmp_path / "cache")  # type: ignore[arg-type]
+        regenerate(make_plan(target, **changes), lambda: torch_engine(target), tmp_path / "cache")  # type: ignore[arg-type]
 
 
 def test_a_directory_with_other_files_is_refused(target: Target, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(PrismError, match="not empty"):
-        regenerate(make_plan(target), torch_engine(target), tmp_path)
+        regenerate(make_plan(target), lambda: torch_engine(target), tmp_path)
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(
@@ -137,20 +140,20 @@ def test_a_full_disk_is_noticed_before_anything_is_written(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(100, 90, 10))
     said: list[str] = []
     with pytest.raises(PrismError, match="free"):
-        regenerate(make_plan(target), torch_engine(target), tmp_path / "cache", announce=said.append)
+        regenerate(make_plan(target), lambda: torch_engine(target), tmp_path / "cache", announce=said.append)
     assert "GB" in said[0]
     assert shard_bytes(tmp_path / "cache") == {}
 
 
 def test_a_context_too_short_for_prompt_and_answer_is_refused(target: Target, tmp_path: Path) -> None:
     with pytest.raises(PrismError, match="lower --max-prompt-tokens"):
-        regenerate(make_plan(target, max_new_tokens=60), torch_engine(target), tmp_path / "cache")
+        regenerate(make_plan(target, max_new_tokens=60), lambda: torch_engine(target), tmp_path / "cache")
 
 
 def test_answers_without_a_row_to_learn_from_are_left_out(tmp_path: Path, target: Target) -> None:
     directory = tmp_path / "cache"
     plan = make_plan(target)
-    regenerate(plan, torch_engine(target), directory, answers=5)
+    regenerate(plan, lambda: torch_engine(target), directory, answers=5)
     short = FeatureSequence(torch.tensor([5, 6, 7]), torch.zeros(2, 64), prompt_length=2, greedy=True)
     full = FeatureSequence(torch.tensor([5, 6, 7, 8]), torch.zeros(3, 64), prompt_length=2, greedy=True)
     regenerate_module._write(shard_path(directory, 0), {0: short, 1: full})
@@ -162,7 +165,7 @@ def test_answers_without_a_row_to_learn_from_are_left_out(tmp_path: Path, target
 
 
 def test_token_counts_cover_the_chosen_sequences(target: Target, tmp_path: Path) -> None:
-    regenerate(make_plan(target), torch_engine(target), tmp_path / "cache")
+    regenerate(make_plan(target), lambda: torch_engine(target), tmp_path / "cache")
     cache = FeatureCache(tmp_path / "cache", target)
     chosen = np.array([0, 9, len(cache) - 1])
     expected = np.zeros(320, dtype=np.int64)
@@ -174,7 +177,7 @@ def test_token_counts_cover_the_chosen_sequences(target: Target, tmp_path: Path)
 
 def test_a_cache_of_another_target_a_truncated_and_a_missing_one_are_refused(target: Target, tmp_path: Path) -> None:
     directory = tmp_path / "cache"
-    regenerate(make_plan(target), torch_engine(target), directory)
+    regenerate(make_plan(target), lambda: torch_engine(target), directory)
     with pytest.raises(PrismError, match="another target or tokenizer"):
         FeatureCache(directory, tiny_target(rms_norm_eps=1e-4))
     with pytest.raises(PrismError, match="not a directory"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -13,12 +14,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
 from prism_trt.client.generate import Options, stream_generate
-from prism_trt.deploy.keeper import MODEL_DIED
-from prism_trt.deploy.repository import MANIFEST, write_repository
+from prism_trt.deploy import keeper
+from prism_trt.deploy.repository import MANIFEST
 from prism_trt.deploy.server import TritonServer, find_triton, free_port, preflight, server_environment
 from prism_trt.errors import PrismError
 
@@ -54,7 +56,7 @@ def deploy(engine_path: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen
     """`python -m prism_trt.deploy --run`, its gRPC port and repository; killed at the end if it is still there."""
     grpc, http, metrics = free_port(), free_port(), free_port()
     command = [sys.executable, "-m", "prism_trt.deploy", "--engine", engine_path, "--out", tmp_path / "repository"]
-    command += ["--run", "--threads", "1", "--grace", "2"]
+    command += ["--run", "--threads", "1", "--grace", "0"]
     command += ["--grpc-port", grpc, "--http-port", http, "--metrics-port", metrics]
     process = subprocess.Popen(
         [str(part) for part in command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -136,17 +138,17 @@ def test_a_killed_launcher_leaves_nothing(deploy: tuple[subprocess.Popen[str], i
 def test_a_killed_keeper_takes_the_server_along(repository: Path) -> None:
     server = TritonServer(repository)
     server.start()
-    keeper, *others = [p for p in below(os.getpid()) if "keeper.py" in " ".join(p.cmdline()) or p.name() != "python"]
-    keeper = next(p for p in [keeper, *others] if "keeper.py" in " ".join(p.cmdline()))
-    started = keeper.children(recursive=True)
-    assert len(started) >= 2
-    keeper.kill()
+    (guard,) = [process for process in below(os.getpid()) if keeper.__file__ in process.cmdline()]
+    started = guard.children(recursive=True)
+    assert len(started) == 2
+    guard.kill()
     _, alive = psutil.wait_procs(started, timeout=5)
     assert alive == []
     with pytest.raises(PrismError, match="the server ended by itself"):
         server.wait()
     server.stop()
-    for region in SHARED_MEMORY.glob(f"prism_trt_{os.getpid()}_*"):
+    # Its shared memory is the one thing that nobody is left to remove.
+    for region in belongings(os.getpid()):
         region.unlink()
 
 
@@ -190,11 +192,14 @@ def test_a_damaged_repository_is_refused(repository: Path, tmp_path: Path) -> No
         TritonServer(tmp_path / "absent")
 
 
-def test_a_model_that_does_not_load_is_one_sentence(engine_path: Path, tmp_path: Path) -> None:
-    repository = write_repository(engine_path, tmp_path / "repository", tree="128/32/16")
+def test_a_model_that_does_not_load_is_one_sentence(repository: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(repository, copy)
+    tokenizer = copy / "prism" / "1" / "engine" / "tokenizer" / "tokenizer.json"
+    tokenizer.write_bytes(b"x" * tokenizer.stat().st_size)
     with pytest.raises(PrismError) as refused:
-        TritonServer(repository).start()
-    assert "the server could not start: the tree 128/32/16 needs" in str(refused.value)
+        TritonServer(copy).start()
+    assert str(refused.value).startswith(f"the server could not start: {tokenizer} is not a valid tokenizer.json")
     assert "\n" not in str(refused.value)
     assert belongings(os.getpid()) == []
 
@@ -213,9 +218,25 @@ def test_the_log_is_kept_on_request(repository: Path, tmp_path: Path) -> None:
     assert "loaded the engine in" in (tmp_path / "log").read_text()
 
 
-def test_preflight_names_what_is_missing() -> None:
+def test_preflight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = find_triton()
     environment = server_environment(files)
     preflight(files, environment)
-    moved = type(files)(files.server, files.backend, Path("/bin/ls"), files.libraries)
-    preflight(moved, environment)
+    shutil.copy(files.stub, tmp_path / "stub")
+    with pytest.raises(PrismError, match=r"the Triton model process misses libcudart\S+: use a Python"):
+        preflight(dataclasses.replace(files, stub=tmp_path / "stub"), {**environment, "LD_LIBRARY_PATH": ""})
+    monkeypatch.setattr(np, "__version__", "2.4.6")
+    with pytest.raises(PrismError, match=r"corrupts tensors with numpy 2\.4\.6: pip install 'numpy<2'"):
+        preflight(files, environment)
+
+
+def test_unsupported_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "version_info", (3, 13, 0))
+    with pytest.raises(PrismError, match=r"cannot run models on Python 3\.13: use Python 3\.10, 3\.11 or 3\.12"):
+        find_triton()
+
+
+def test_without_pytriton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(ROOT)])
+    with pytest.raises(PrismError, match="nvidia-pytriton, which holds the Triton server, is not installed"):
+        find_triton()

@@ -54,7 +54,9 @@ def test_greedy_output_is_identical(engine: Engine, tokenizer: Tokenizer) -> Non
     eos = tokenizer.eos_token_ids
 
     def run(group: list[list[int]], tree: TreeShape | None) -> list[list[int]]:
-        return [result.tokens for result in generate(engine, [Request(p, 128, eos_token_ids=eos, tree=tree) for p in group])]
+        return [
+            result.tokens for result in generate(engine, [Request(p, 128, eos_token_ids=eos, tree=tree) for p in group])
+        ]
 
     plain = [run([prompt], None)[0] for prompt in prompts]
     assert sum(map(len, plain)) > 60 * 64
@@ -77,10 +79,7 @@ def _exact(engine: Engine, prompt: list[int], params: SamplingParams) -> dict[tu
         return [(int(i), float(probabilities[i])) for i in probabilities.nonzero()[:, 0]]
 
     return {
-        (a, b, c): pa * pb * pc
-        for a, pa in following(())
-        for b, pb in following((a,))
-        for c, pc in following((a, b))
+        (a, b, c): pa * pb * pc for a, pa in following(()) for b, pb in following((a,)) for c, pc in following((a, b))
     }
 
 

@@ -63,6 +63,8 @@ def test_sharded_weights_load(saved: Path) -> None:
         ({"use_sliding_window": True}, "sliding window"),
         ({"num_local_experts": 8}, "mixture-of-experts"),
         ({"mlp_bias": True}, "mlp_bias"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"num_attention_heads": "4", "head_dim": None}, "wrong kind"),
         ({"num_key_value_heads": 3}, "not a multiple"),
         ({"intermediate_size": 128}, "has shape"),
         ({"num_hidden_layers": 3}, "lacks the tensor"),

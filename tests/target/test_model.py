@@ -112,7 +112,9 @@ def test_a_path_in_a_tree_reads_its_ancestors_only() -> None:
     with torch.no_grad():
         target.model(TokenBatch(torch.tensor([prompt]), torch.arange(4)[None], zero, zero, zero + 4), pool)
         # 9 with the siblings 99 and 10; 10 with the child 11: nodes 0, 2, 4 are the path
-        mask = torch.tensor([[1, 0, 0, 0, 0], [0, 1, 0, 0, 0], [1, 0, 1, 0, 0], [1, 0, 0, 1, 0], [1, 0, 1, 0, 1]]).bool()
+        mask = torch.tensor(
+            [[1, 0, 0, 0, 0], [0, 1, 0, 0, 0], [1, 0, 1, 0, 0], [1, 0, 0, 1, 0], [1, 0, 1, 0, 1]]
+        ).bool()
         depths = torch.tensor([[4, 4, 5, 5, 6]])
         tree = TokenBatch(torch.tensor([[9, 99, 10, 98, 11]]), depths, zero, zero + 4, zero + 5, mask[None])
         features = target.model(tree, pool)

@@ -17,7 +17,11 @@ from tests.tiny import tiny_tokenizer
 CHATS = [
     [{"role": "user", "content": "Hello there!"}],
     [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"}],
-    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Größe 🙂"}],
+    [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Yes?"},
+        {"role": "user", "content": "Größe 🙂"},
+    ],
 ]
 
 

@@ -31,7 +31,7 @@ def write_target_and_cache(directory: Path, prompts: int = 40) -> Target:
     target = tiny_target()
     save_hf(target, directory / "target")
     plan = plan_generation(random_prompts(prompts), GENERATION, target)
-    regenerate(plan, torch_engine(target), directory / "cache")
+    regenerate(plan, lambda: torch_engine(target), directory / "cache")
     return target
 
 
