@@ -14,7 +14,7 @@ from prism_trt.bench.report import console_table, write_markdown
 from prism_trt.bench.results import BenchSettings, EngineInfo, write_json
 from prism_trt.bench.runner import run_bench
 from prism_trt.config import TreeShape, parse
-from prism_trt.engines.loading import load_engine, load_engine_tokenizer
+from prism_trt.engines.loading import default_threads, load_engine, load_engine_tokenizer
 from prism_trt.engines.manifest import read_engine_manifest
 from prism_trt.engines.protocol import Engine
 from prism_trt.progress import progress
@@ -27,8 +27,8 @@ def app() -> typer.Typer:
     return command
 
 
-def engine_info(engine: Path) -> EngineInfo:
-    """Identify an engine directory by its manifest."""
+def engine_info(engine: Path, threads: int | None) -> EngineInfo:
+    """Identify an engine directory by its manifest, loaded with `threads` (None: the default)."""
     manifest = read_engine_manifest(engine)
     return EngineInfo(
         profile=manifest.profile,
@@ -37,6 +37,7 @@ def engine_info(engine: Path) -> EngineInfo:
         isa=manifest.isa,
         target_fingerprint=manifest.target_fingerprint,
         drafter_sha256=manifest.drafter_sha256,
+        threads=threads or default_threads(),
     )
 
 
@@ -85,9 +86,9 @@ def bench(
         },
         "bench settings",
     )
-    tokenizer = load_engine_tokenizer(engine)
+    tokenizer, info = load_engine_tokenizer(engine), engine_info(engine, threads)
     with progress("Answering questions", total=len(chosen)) as bar:
-        result = run_bench(loaded, tokenizer, chosen, settings, engine_info(engine), lambda record: bar.advance(1))
+        result = run_bench(loaded, tokenizer, chosen, settings, info, lambda record: bar.advance(1))
     write_json(result, json_path)
     if markdown is not None:
         write_markdown(result, markdown)

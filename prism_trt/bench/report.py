@@ -40,7 +40,7 @@ def markdown(result: BenchResult) -> str:
         f"{settings.repeats} repeat(s), modes interleaved question by question; tok/s are pooled and leave out the "
         "prefill, except for the end-to-end ratio.",
         "",
-        f"Machine: {result.environment.processor}, {result.environment.threads} threads; memory bandwidth during the "
+        f"Machine: {result.environment.processor}, {result.engine.threads} threads; memory bandwidth during the "
         f"run {band.median:.0f} GB/s (from {band.low:.0f} to {band.high:.0f}). Engine: {engine}; "
         f"torch {result.environment.torch}.",
         "",

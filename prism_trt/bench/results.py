@@ -108,6 +108,7 @@ class EngineInfo(StrictModel):
     isa: str | None
     target_fingerprint: str
     drafter_sha256: str | None
+    threads: int
 
 
 class Environment(StrictModel):
@@ -117,7 +118,6 @@ class Environment(StrictModel):
     torch: str
     python: str
     processor: str
-    threads: int
 
 
 class BenchResult(StrictModel):

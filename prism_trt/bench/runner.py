@@ -100,7 +100,6 @@ def environment() -> Environment:
         torch=torch.__version__,
         python=platform.python_version(),
         processor=_processor(),
-        threads=torch.get_num_threads(),
     )
 
 

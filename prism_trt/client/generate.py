@@ -12,7 +12,7 @@ from tritonclient.utils import InferenceServerException
 
 from prism_trt.errors import PrismError
 
-_CONNECT_SECONDS = 5.0
+_CONNECT_SECONDS = 10.0
 
 
 @dataclass(frozen=True)

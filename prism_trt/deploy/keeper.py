@@ -42,6 +42,13 @@ def prctl(option: int, value: int) -> None:
     ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
+def remove_belongings(runtime: Path, shm_prefix: str) -> None:
+    """Remove what a server that has ended leaves: shared memory and its runtime directory."""
+    for region in Path("/dev/shm").glob(shm_prefix + "*"):
+        region.unlink(missing_ok=True)
+    shutil.rmtree(runtime, ignore_errors=True)
+
+
 class Keeper:
     """Owns one server process group. `plan` holds parent, command, runtime, shm_prefix and grace (seconds)."""
 
@@ -143,9 +150,7 @@ class Keeper:
             except ChildProcessError:
                 break
             time.sleep(0.01)
-        for region in Path("/dev/shm").glob(self.shm_prefix + "*"):
-            region.unlink(missing_ok=True)
-        shutil.rmtree(self.runtime, ignore_errors=True)
+        remove_belongings(self.runtime, self.shm_prefix)
 
 
 def main() -> int:

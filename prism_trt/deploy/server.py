@@ -15,7 +15,6 @@ import json
 import os
 import re
 import secrets
-import shutil
 import socket
 import subprocess
 import sys
@@ -154,7 +153,7 @@ class TritonServer:
         http_port: int | None = None,
         metrics_port: int | None = None,
         log: Path | None = None,
-        start_timeout: float = 60.0,
+        start_timeout: float = 120.0,
         grace: float = 10.0,
     ) -> None:
         self.repository = Path(repository).absolute()
@@ -167,6 +166,8 @@ class TritonServer:
         self._grace = grace
         self._keeper: subprocess.Popen[bytes] | None = None
         self._runtime: Path | None = None
+        self._shm_prefix = f"prism_trt_{os.getpid()}_{secrets.token_hex(4)}_"
+        self._log_start = 0
 
     @property
     def grpc_url(self) -> str:
@@ -218,17 +219,17 @@ class TritonServer:
             self._log = tempfile.TemporaryFile() if self._log_path is None else self._log_path.open("ab+")  # noqa: SIM115
         except OSError as error:
             raise PrismError(f"cannot write the log {self._log_path}: {error.strerror}") from None
+        self._log_start = os.fstat(self._log.fileno()).st_size
         self._runtime = Path(tempfile.mkdtemp(prefix=f"prism-trt-server-{os.getpid()}-"))
         backend = self._runtime / "backends" / "python"
         backend.mkdir(parents=True)
         for source in (*files.backend.iterdir(), files.stub):
             (backend / source.name).symlink_to(source)
-        shm_prefix = f"prism_trt_{os.getpid()}_{secrets.token_hex(4)}_"
         plan = {
             "parent": os.getpid(),
-            "command": self._command(files, backend.parent, shm_prefix),
+            "command": self._command(files, backend.parent),
             "runtime": str(self._runtime),
-            "shm_prefix": shm_prefix,
+            "shm_prefix": self._shm_prefix,
             "grace": self._grace,
         }
         atexit.register(self.stop)
@@ -241,11 +242,11 @@ class TritonServer:
             start_new_session=True,
         )
 
-    def _command(self, files: TritonFiles, backends: Path, shm_prefix: str) -> list[str]:
+    def _command(self, files: TritonFiles, backends: Path) -> list[str]:
         options = {
             "model-repository": self.repository,
             "backend-directory": backends,
-            "backend-config": f"python,shm-region-prefix-name={shm_prefix}",
+            "backend-config": f"python,shm-region-prefix-name={self._shm_prefix}",
             "allow-gpu-metrics": "false",
             "exit-timeout-secs": max(1, round(self._grace)),
             "grpc-restricted-protocol": f"{_RESTRICTED}:admin-key={self.admin_key}",
@@ -282,7 +283,7 @@ class TritonServer:
         Raises:
             PrismError: no token came within `timeout` seconds.
         """
-        options = Options(model=self.model_name, max_tokens=1, timeout=timeout)
+        options = Options(model=self.model_name, max_tokens=1, chat=False, timeout=timeout)
         for _ in stream_generate(self.grpc_url, "Hello", options):
             pass
 
@@ -300,7 +301,9 @@ class TritonServer:
         if self._log is None:
             return ""
         size = os.fstat(self._log.fileno()).st_size
-        return os.pread(self._log.fileno(), _LOG_BYTES, max(0, size - _LOG_BYTES)).decode(errors="replace")
+        return os.pread(self._log.fileno(), _LOG_BYTES, max(self._log_start, size - _LOG_BYTES)).decode(
+            errors="replace"
+        )
 
     def wait(self) -> None:
         """Block until the server ends.
@@ -329,7 +332,9 @@ class TritonServer:
             self._keeper = None
         atexit.unregister(self.stop)
         if self._runtime is not None:
-            shutil.rmtree(self._runtime, ignore_errors=True)
+            # The keeper has done this already, unless it was killed.
+            keeper.remove_belongings(self._runtime, self._shm_prefix)
+            self._runtime = None
         if self._log is not None:
             with contextlib.suppress(OSError):
                 self._log.close()

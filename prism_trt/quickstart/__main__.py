@@ -1,7 +1,9 @@
 """`python -m prism_trt.quickstart`."""
 
-from prism_trt.cli import run
-from prism_trt.quickstart.app import app
+import sys
+
+from prism_trt.cli import app, run
 
 if __name__ == "__main__":
-    run(app())
+    # Through the main command, which imports the quickstart only when an interruption already ends it cleanly.
+    run(app(), ["quickstart", *sys.argv[1:]], "prism-trt")

@@ -28,5 +28,5 @@ def measure(engine: Path, threads: int | None, on_question: Callable[[], None] =
     """
     loaded = load_engine(engine, threads=threads)
     settings = BenchSettings(trees=(default_tree(loaded),), max_new_tokens=MAX_TOKENS)
-    tokenizer = load_engine_tokenizer(engine)
-    return run_bench(loaded, tokenizer, own_questions(), settings, engine_info(engine), lambda record: on_question())
+    tokenizer, info = load_engine_tokenizer(engine), engine_info(engine, threads)
+    return run_bench(loaded, tokenizer, own_questions(), settings, info, lambda record: on_question())

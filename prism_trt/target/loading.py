@@ -65,6 +65,12 @@ def save_hf(target: Target, directory: Path) -> None:
     """Write the target as a Hugging Face directory that `load_target` reads back with the same fingerprint."""
     directory = Path(directory)
     target.tokenizer.save(directory)
+    settings = target.tokenizer.settings
+    for_transformers = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **{name: getattr(settings, name) for name in ("chat_template", "bos_token", "eos_token")},
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(for_transformers, indent=2) + "\n")
     (directory / CONFIG_FILE).write_text(json.dumps(target.config.to_hf(), indent=2) + "\n")
     state = {name: tensor.contiguous() for name, tensor in target.model.state_dict().items()}
     save_file(state, directory / WEIGHTS_FILE, metadata={"format": "pt"})

@@ -27,7 +27,7 @@ def agreeing_models(seed: int = 3) -> tuple[Target, Drafter]:
     with torch.no_grad():
         for name, parameter in target.model.named_parameters():
             if "o_proj" in name or "down_proj" in name:
-                parameter *= 0.05
+                parameter.mul_(0.05)
         for name, parameter in drafter.named_parameters():
             if "o_proj" in name or "down_proj" in name:
                 parameter.zero_()

@@ -33,7 +33,7 @@ QUESTIONS = [
     Question("second", 1, "", ("over the lazy dog",)),
 ]
 INFO = EngineInfo(
-    profile="cpu", runtime="torch", dtype="float32", isa=None, target_fingerprint="0", drafter_sha256=None
+    profile="cpu", runtime="torch", dtype="float32", isa=None, target_fingerprint="0", drafter_sha256=None, threads=1
 )
 
 
@@ -46,7 +46,7 @@ def engine(engine_directory: Path) -> Engine:
 def result(engine: Engine, engine_directory: Path) -> BenchResult:
     settings = BenchSettings(trees=(TREE, OTHER), max_new_tokens=24, repeats=2)
     tokenizer = load_engine_tokenizer(engine_directory)
-    return run_bench(engine, tokenizer, QUESTIONS, settings, engine_info(engine_directory))
+    return run_bench(engine, tokenizer, QUESTIONS, settings, engine_info(engine_directory, 1))
 
 
 def generations(result: BenchResult, tree: str, set_name: str | None = None) -> Iterator[tuple[Any, Any]]:
@@ -238,7 +238,7 @@ def test_command_writes_json_markdown_and_plots(
     assert [s.set for s in result.summaries] == ["alpha", "beta", "overall"] * 2
     assert [s.tree for s in result.summaries] == ["4/2/2"] * 3 + ["6/3/3"] * 3
     assert len(result.questions) == 4
-    assert result.engine == engine_info(engine_directory)
+    assert result.engine == engine_info(engine_directory, 1)
     table = [line for line in (tmp_path / "r.md").read_text().splitlines() if line.startswith("|")]
     assert len(table) == 2 + 6
     assert len({line.count("|") for line in table}) == 1

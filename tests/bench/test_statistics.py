@@ -58,7 +58,7 @@ def test_speedup_interval_pairs_the_modes() -> None:
     """A machine that slows down for both modes alike leaves the ratio as it is."""
     tokens = np.full(6, 100.0)
     slow = np.array([1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
-    low, high = speedup_interval(tokens, slow, tokens, 2 * slow, resample(["a"] * 6, 300, 1)) or (0, 0)
+    low, high = speedup_interval(tokens, slow, tokens, 2.0 * slow, resample(["a"] * 6, 300, 1)) or (0, 0)
     assert (low, high) == pytest.approx((2, 2))
 
 

@@ -39,7 +39,7 @@ def ask(
         client.start_stream(lambda result, error: answers.put((result, error)))
         client.async_stream_infer("prism", tensors, parameters=parameters, timeout=timeout_us)
         while not responses or not responses[-1].keys() & {"error", "finish_reason"}:
-            result, error = answers.get(timeout=20)
+            result, error = answers.get(timeout=60)
             if error is not None:
                 responses.append({"error": error.message()})
                 continue

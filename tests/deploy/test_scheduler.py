@@ -32,7 +32,7 @@ class FragileEngine(TorchEngine):
         self.go.set()
 
     def forward(self, batch: TokenBatch, logits_for: LogitsFor = "all") -> TargetOutput:
-        assert self.go.wait(20)
+        assert self.go.wait(60)
         if self.fail_next:
             self.fail_next = False
             raise RuntimeError("out of memory at 0x1234")
@@ -106,13 +106,13 @@ def test_an_engine_failure_ends_its_requests_only(engine: FragileEngine, schedul
         replies = [submit(scheduler, wanted) for _ in range(3)]
         engine.go.set()
         for reply in replies:
-            assert reply.ended.wait(20)
+            assert reply.ended.wait(60)
         # The third may have been queued after the failure.
         failures = [reply.failure for reply in replies if reply.failure is not None]
         assert set(failures) == {("internal", "the engine failed: see the server's log")}
         assert replies[0].failure is not None
     after = submit(scheduler, wanted)
-    assert after.ended.wait(20)
+    assert after.ended.wait(60)
     assert "".join(after.pieces) == text
 
 
@@ -122,8 +122,8 @@ def test_a_broken_reply_does_not_disturb_others(engine: FragileEngine, scheduler
     engine.go.clear()
     broken, good = submit(scheduler, wanted, Recorder(break_after=1)), submit(scheduler, wanted)
     engine.go.set()
-    assert broken.ended.wait(20)
-    assert good.ended.wait(20)
+    assert broken.ended.wait(60)
+    assert good.ended.wait(60)
     assert broken.failure == ("internal", "a response could not be sent")
     assert "".join(good.pieces) == text
 
@@ -135,16 +135,16 @@ def test_backlog(engine: FragileEngine, scheduler: Scheduler) -> None:
     refused = submit(scheduler, wanted)
     assert refused.failure == ("unavailable", "3 requests are running or waiting already: try again later")
     engine.go.set()
-    assert all(reply.ended.wait(20) and reply.failure is None for reply in accepted)
+    assert all(reply.ended.wait(60) and reply.failure is None for reply in accepted)
     again = submit(scheduler, wanted)
-    assert again.ended.wait(20)
+    assert again.ended.wait(60)
     assert again.failure is None
 
 
 def test_whole_answers_begin_with_the_prefix(engine: FragileEngine, scheduler: Scheduler) -> None:
     wanted = generation(engine, stream=False, prefix="prompt: ")
     reply = submit(scheduler, wanted)
-    assert reply.ended.wait(20)
+    assert reply.ended.wait(60)
     assert reply.pieces == ["prompt: " + expected(engine, wanted)]
     assert reply.reason == "length"
     assert reply.statistics is not None
@@ -153,7 +153,7 @@ def test_whole_answers_begin_with_the_prefix(engine: FragileEngine, scheduler: S
 
 def test_a_request_that_can_never_run_is_the_clients_fault(engine: FragileEngine, scheduler: Scheduler) -> None:
     reply = submit(scheduler, Generation(Request([5] * 1000, 1), True, ""))
-    assert reply.ended.wait(20)
+    assert reply.ended.wait(60)
     assert reply.failure is not None
     assert reply.failure[0] == "invalid"
     assert "1000 tokens" in reply.failure[1]
@@ -169,7 +169,7 @@ def test_cancelled_while_waiting_and_while_running(engine: FragileEngine, schedu
     time.sleep(0.06)
     engine.go.set()
     for reply in replies:
-        assert reply.ended.wait(20)
+        assert reply.ended.wait(60)
         assert reply.failure == ("unavailable", "cancelled")
         assert sum(map(len, reply.pieces)) < len(whole)
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,8 @@ from prism_trt.errors import PrismError
 
 ROOT = Path(__file__).parents[2]
 SHARED_MEMORY = Path("/dev/shm")
+PATIENCE = 60
+"""Seconds that even an overloaded machine needs not."""
 
 
 def belongings(pid: int) -> list[Path]:
@@ -45,25 +47,42 @@ def below(pid: int) -> list[psutil.Process]:
     return psutil.Process(pid).children(recursive=True)
 
 
-def assert_gone(processes: list[psutil.Process], owner: int, seconds: float = 10.0) -> None:
-    _, alive = psutil.wait_procs(processes, timeout=seconds)
-    assert alive == []
+def assert_gone(processes: list[psutil.Process], owner: int) -> None:
+    assert [process for process in processes if process.is_running()] == []
     assert belongings(owner) == []
 
 
 @pytest.fixture
-def deploy(engine_path: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], int, Path]]:
-    """`python -m prism_trt.deploy --run`, its gRPC port and repository; killed at the end if it is still there."""
-    grpc, http, metrics = free_port(), free_port(), free_port()
-    command = [sys.executable, "-m", "prism_trt.deploy", "--engine", engine_path, "--out", tmp_path / "repository"]
-    command += ["--run", "--threads", "1", "--grace", "0"]
-    command += ["--grpc-port", grpc, "--http-port", http, "--metrics-port", metrics]
-    process = subprocess.Popen(
-        [str(part) for part in command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    yield process, grpc, tmp_path / "repository"
-    process.kill()
-    process.communicate()
+def nothing_left() -> Iterator[None]:
+    """The test's own servers leave nothing; others may be running."""
+    before = {*belongings(os.getpid()), *below(os.getpid())}
+    yield
+    assert {*belongings(os.getpid()), *below(os.getpid())} <= before
+
+
+Launch = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def launch(engine_path: Path, tmp_path: Path) -> Iterator[Launch]:
+    """Starts `python -m prism_trt.deploy --run`; kills it at the end if it is still there."""
+    processes = []
+
+    def start(grpc_port: int | None = None, grace: int = 0) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "prism_trt.deploy", "--engine", engine_path, "--out", tmp_path / "repository"]
+        command += ["--run", "--threads", 1, "--grace", grace, "--grpc-port", grpc_port or free_port()]
+        command += ["--http-port", free_port(), "--metrics-port", free_port()]
+        processes.append(
+            subprocess.Popen(
+                [str(part) for part in command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        )
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
 
 
 def await_line(process: subprocess.Popen[str], beginning: str) -> None:
@@ -77,94 +96,97 @@ def await_line(process: subprocess.Popen[str], beginning: str) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_deploy_run_until_a_signal(deploy: tuple[subprocess.Popen[str], int, Path], number: int) -> None:
-    process, port, _ = deploy
-    await_line(process, "serving prism: gRPC 127.0.0.1:")
+def test_deploy_run_until_a_signal(launch: Launch, number: int) -> None:
+    port = free_port()
+    process = launch(port)
+    await_line(process, f"serving prism: gRPC 127.0.0.1:{port}")
     started = below(process.pid)
     assert [p.name() for p in started].count("tritonserver") == 1
-    assert len(belongings(process.pid)) >= 2
+    assert len(belongings(process.pid)) == 2
     # A stream that nobody closes keeps Triton itself from ending.
     stream = stream_generate(f"127.0.0.1:{port}", "fox", Options(max_tokens=480))
     next(stream)
     process.send_signal(number)
-    output, errors = process.communicate(timeout=20)
+    output, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0
     assert output == "stopping\n"
     assert errors == ""
-    assert_gone(started, process.pid, 0.5)
+    assert_gone(started, process.pid)
     stream.close()
 
 
-def test_a_second_signal_skips_the_grace_period(deploy: tuple[subprocess.Popen[str], int, Path]) -> None:
-    process, _, _ = deploy
+def test_a_second_signal_skips_the_grace_period(launch: Launch) -> None:
+    port = free_port()
+    process = launch(port, grace=10 * PATIENCE)
     await_line(process, "serving")
     started = below(process.pid)
+    stream = stream_generate(f"127.0.0.1:{port}", "fox", Options(max_tokens=480))
+    next(stream)
     process.send_signal(signal.SIGINT)
-    time.sleep(0.2)
-    begin = time.monotonic()
+    await_line(process, "stopping")
+    time.sleep(0.5)
+    assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=20)
-    assert time.monotonic() - begin < 1.5
+    process.communicate(timeout=PATIENCE)
     assert process.returncode == 0
-    assert_gone(started, process.pid, 0.5)
+    assert_gone(started, process.pid)
+    stream.close()
 
 
 @pytest.mark.parametrize("seconds", [0.5, 1.5, 2.2])
-def test_a_signal_while_starting(deploy: tuple[subprocess.Popen[str], int, Path], seconds: float) -> None:
-    process, _, repository = deploy
+def test_a_signal_while_starting(launch: Launch, tmp_path: Path, seconds: float) -> None:
+    process = launch()
     time.sleep(seconds)
     started = below(process.pid)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode in (0, 130)
     assert "Traceback" not in errors
-    assert_gone(started, process.pid, 0.5)
-    assert [path.name for path in repository.parent.iterdir()] in ([], ["repository"])
-    if repository.exists():
-        assert (repository / MANIFEST).is_file()
+    assert_gone(started, process.pid)
+    assert [path.name for path in tmp_path.iterdir()] in ([], ["repository"])
+    assert not list(tmp_path.iterdir()) or (tmp_path / "repository" / MANIFEST).is_file()
 
 
-def test_a_killed_launcher_leaves_nothing(deploy: tuple[subprocess.Popen[str], int, Path]) -> None:
-    process, _, _ = deploy
+def test_a_killed_launcher_leaves_nothing(launch: Launch) -> None:
+    process = launch()
     await_line(process, "serving")
     started = below(process.pid)
-    assert len(started) >= 3
+    assert len(started) == 3
     process.kill()
-    process.communicate(timeout=20)
-    psutil.wait_procs(started, timeout=10)
-    assert_gone(started, process.pid, 0)
+    process.communicate(timeout=PATIENCE)
+    psutil.wait_procs(started, timeout=PATIENCE)
+    assert_gone(started, process.pid)
 
 
+@pytest.mark.usefixtures("nothing_left")
 def test_a_killed_keeper_takes_the_server_along(repository: Path) -> None:
+    before = below(os.getpid())
     server = TritonServer(repository)
     server.start()
-    (guard,) = [process for process in below(os.getpid()) if keeper.__file__ in process.cmdline()]
-    started = guard.children(recursive=True)
-    assert len(started) == 2
+    started = [process for process in below(os.getpid()) if process not in before]
+    (guard,) = [process for process in started if keeper.__file__ in process.cmdline()]
+    assert len(started) == 3
     guard.kill()
-    _, alive = psutil.wait_procs(started, timeout=5)
-    assert alive == []
     with pytest.raises(PrismError, match="the server ended by itself"):
         server.wait()
+    _, alive = psutil.wait_procs(started, timeout=PATIENCE)
+    assert alive == []
     server.stop()
-    # Its shared memory is the one thing that nobody is left to remove.
-    for region in belongings(os.getpid()):
-        region.unlink()
 
 
+@pytest.mark.usefixtures("nothing_left")
 def test_a_dead_model_process_ends_the_server_instead_of_hanging_it(repository: Path) -> None:
+    before = below(os.getpid())
     with TritonServer(repository) as server:
-        stream = stream_generate(server.grpc_url, "fox", Options(max_tokens=480, timeout=30))
+        stream = stream_generate(server.grpc_url, "fox", Options(max_tokens=480, timeout=PATIENCE))
         next(stream)
-        (model,) = [p for p in below(os.getpid()) if p.name().startswith("triton_python")]
-        begin = time.monotonic()
+        started = [process for process in below(os.getpid()) if process not in before]
+        (model,) = [process for process in started if process.name().startswith("triton_python")]
         model.kill()
         with pytest.raises(PrismError, match="the server answered"):
             list(stream)
-        assert time.monotonic() - begin < 10
         with pytest.raises(PrismError, match="the server's model process died"):
             server.wait()
-    assert belongings(os.getpid()) == []
 
 
 def test_port_in_use(repository: Path) -> None:
@@ -192,6 +214,7 @@ def test_a_damaged_repository_is_refused(repository: Path, tmp_path: Path) -> No
         TritonServer(tmp_path / "absent")
 
 
+@pytest.mark.usefixtures("nothing_left")
 def test_a_model_that_does_not_load_is_one_sentence(repository: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(repository, copy)
@@ -201,15 +224,15 @@ def test_a_model_that_does_not_load_is_one_sentence(repository: Path, tmp_path: 
         TritonServer(copy).start()
     assert str(refused.value).startswith(f"the server could not start: {tokenizer} is not a valid tokenizer.json")
     assert "\n" not in str(refused.value)
-    assert belongings(os.getpid()) == []
 
 
+@pytest.mark.usefixtures("nothing_left")
 def test_a_server_that_takes_too_long_is_ended(repository: Path) -> None:
     with pytest.raises(PrismError, match=r"was not ready within 0\.2 s"):
         TritonServer(repository, start_timeout=0.2, grace=0).start()
-    assert belongings(os.getpid()) == []
 
 
+@pytest.mark.usefixtures("nothing_left")
 def test_the_log_is_kept_on_request(repository: Path, tmp_path: Path) -> None:
     with pytest.raises(PrismError, match="cannot write the log"):
         TritonServer(repository, log=tmp_path / "absent" / "log").start()

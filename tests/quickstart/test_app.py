@@ -9,8 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from prism_trt.errors import PrismError
 from prism_trt.quickstart.app import app

@@ -129,6 +129,16 @@ def test_an_interrupted_run_leaves_nothing(
     assert not (tmp_path / "q.json").exists()
 
 
+def test_an_interruption_while_starting_up_is_silent(tmp_path: Path) -> None:
+    run = Run(tmp_path / "work", tmp_path / "scratch")
+    run.start()
+    try:
+        interrupt_at(run, "", 1.5, signal.SIGINT)
+    finally:
+        run.kill()
+    assert not run.work.exists()
+
+
 @pytest.mark.parametrize(("marker", "delay"), [("3/5", 0.1), ("3/5", 2.0), ("3/5", 5.0), ("3/5", 9.0)])
 def test_an_interrupted_build_leaves_nothing(finished: Run, tmp_path: Path, marker: str, delay: float) -> None:
     finished.finish(timeout=900)

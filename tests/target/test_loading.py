@@ -38,6 +38,22 @@ def test_round_trip_keeps_weights_and_fingerprint(options: dict[str, Any], tmp_p
         assert torch.equal(loaded.model.state_dict()[name], tensor)
 
 
+def test_transformers_reads_what_save_hf_writes(saved: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    target = tiny_target()
+    messages = [{"role": "user", "content": "fox"}]
+    tokenizer = AutoTokenizer.from_pretrained(saved)
+    assert tokenizer.apply_chat_template(messages, return_dict=False, add_generation_prompt=True) == (
+        target.tokenizer.encode_chat(messages)
+    )
+    tokens = torch.tensor([target.tokenizer.encode_chat(messages)])
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)(tokens).logits
+        actual = target.model.head(target.model.forward_sequence(tokens))
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+
+
 def test_sharded_weights_load(saved: Path) -> None:
     state = load_file(saved / "model.safetensors")
     names = sorted(state)

@@ -72,12 +72,11 @@ def peers(
         with progress("Decoding", total=len(contestants) * len(prompts)) as bar:
             run = run_peers(contestants, prompts, tokens, lambda: bar.advance(1))
     result = PeersResult(
-        engine=engine_info(engine),
+        engine=engine_info(engine, threads),
         environment=environment(),
         bandwidth_gb_s=summarise_bandwidth(run.bandwidth),
         prompts=len(prompts),
         tokens=tokens,
-        threads=threads,
         peers=compare([peer.name for peer in contestants], [peer.version for peer in contestants], run.timings),
     )
     write_json(result, json_path)

@@ -28,7 +28,7 @@ def markdown(result: PeersResult) -> str:
     """The result as one Markdown table with the settings that produced it."""
     band = result.bandwidth_gb_s
     lines = [
-        f"{result.prompts} prompts, {result.tokens} tokens each, batch 1, {result.threads} threads, greedy, "
+        f"{result.prompts} prompts, {result.tokens} tokens each, batch 1, {result.engine.threads} threads, greedy, "
         f"interleaved; prefill left out. Ratio: {result.peers[0].name} over the contestant. Machine: "
         f"{result.environment.processor}, memory bandwidth during the run {band.median:.0f} GB/s (from {band.low:.0f} "
         f"to {band.high:.0f}).",

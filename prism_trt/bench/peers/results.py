@@ -38,7 +38,6 @@ class PeersResult(StrictModel):
     bandwidth_gb_s: Bandwidth
     prompts: int
     tokens: int
-    threads: int
     peers: tuple[PeerRecord, ...]
 
 
