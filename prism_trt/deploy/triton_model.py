@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import triton_python_backend_utils as pb_utils
 
 from prism_trt.config import TreeShape
@@ -24,6 +25,7 @@ from prism_trt.deploy.interface import INPUTS
 from prism_trt.deploy.keeper import MODEL_PREFIX, RUNTIME_VARIABLE
 from prism_trt.deploy.requests import parse_generation
 from prism_trt.deploy.scheduler import Fault, Scheduler
+from prism_trt.engines.cpu.engine import CpuEngine
 from prism_trt.engines.loading import load_engine, load_engine_tokenizer
 from prism_trt.errors import PrismError
 from prism_trt.speculative.decoder import Request, Statistics, generate
@@ -118,6 +120,8 @@ class TritonPythonModel:
             generate(engine, [Request(prompt, _WARM_UP_TOKENS, tree=self._tree)])
         except PrismError as error:
             raise pb_utils.TritonModelException(str(error)) from None
+        if isinstance(engine, CpuEngine):
+            torch.set_num_threads(1)  # the engine has threads of its own; torch's would wait for the same processors
         self._context = engine.limits.context
         self._scheduler = Scheduler(engine, self._tokenizer, int(settings["backlog"]), Metrics())
         log.info("loaded the engine in %.2f s, tree %s", time.perf_counter() - start, self._tree)
