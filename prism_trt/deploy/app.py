@@ -38,21 +38,36 @@ def app() -> typer.Typer:
         log: Annotated[Path | None, typer.Option(help="File for the server's log.")] = None,
     ) -> None:
         """Write a model repository for an engine and, with --run, serve it on the loopback interface."""
-        from prism_trt.deploy.repository import write_repository
 
-        repository = write_repository(
-            engine,
-            out,
-            model,
-            tree=tree,
-            slots=slots,
-            threads=threads,
-            backlog=backlog,
-            overwrite=overwrite,
-        )
-        typer.echo(f"{repository}: model repository with the model {model}")
-        if run:
-            _serve(repository, {"grpc": grpc_port, "http": http_port, "metrics": metrics_port}, grace, log)
+        def write() -> Path:
+            from prism_trt.deploy.repository import write_repository
+
+            repository = write_repository(
+                engine,
+                out,
+                model,
+                tree=tree,
+                slots=slots,
+                threads=threads,
+                backlog=backlog,
+                overwrite=overwrite,
+            )
+            typer.echo(f"{repository}: model repository with the model {model}")
+            return repository
+
+        if not run:
+            write()
+            return
+        signals = _StopSignals()
+        try:
+            # Importing torch is part of this and takes seconds, in which a signal may arrive as well.
+            repository = write()
+            signals.check()
+            _serve(repository, {"grpc": grpc_port, "http": http_port, "metrics": metrics_port}, grace, log, signals)
+        except _Stop:
+            typer.echo("stopped")
+        finally:
+            signals.restore()
 
     return command
 
@@ -61,16 +76,37 @@ class _Stop(BaseException):
     """Somebody asked for the end."""
 
 
-def _serve(repository: Path, ports: dict[str, int], grace: float, log: Path | None) -> None:
-    """Serve until SIGINT, SIGTERM or SIGHUP; a second signal skips the grace period."""
+class _StopSignals:
+    """Turns SIGINT, SIGTERM and SIGHUP into `_Stop`.
+
+    They are remembered because an exception that is raised inside an import or a destructor may get lost.
+    """
+
+    def __init__(self) -> None:
+        self._seen = False
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        self._before = {number: signal.signal(number, self._handle) for number in numbers}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._seen = True
+        raise _Stop
+
+    def check(self) -> None:
+        """Raise `_Stop` if a signal has arrived."""
+        if self._seen:
+            raise _Stop
+
+    def restore(self) -> None:
+        """Back to the former handlers."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def _serve(repository: Path, ports: dict[str, int], grace: float, log: Path | None, signals: _StopSignals) -> None:
+    """Serve until a signal; a second one skips the grace period."""
     from prism_trt.deploy.server import TritonServer
     from prism_trt.progress import progress
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise _Stop
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, stop) for number in numbers}
     server = TritonServer(
         repository,
         grpc_port=ports["grpc"],
@@ -82,14 +118,14 @@ def _serve(repository: Path, ports: dict[str, int], grace: float, log: Path | No
     try:
         with progress("Starting the server"):
             server.start()
+        signals.check()
         typer.echo(f"serving {server.model_name}: gRPC {server.grpc_url}, HTTP {server.http_url}, {server.metrics_url}")
         server.wait()
     except _Stop:
         typer.echo("stopping")
+        raise
     finally:
         try:
             server.stop()
         except _Stop:
             server.stop()
-        for number, handler in before.items():
-            signal.signal(number, handler)

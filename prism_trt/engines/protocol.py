@@ -142,3 +142,24 @@ class FusedDraftEngine(Engine, Protocol):
     def draft_round(self, batch: TokenBatch, features: Tensor, shape: TreeShape) -> Tree:
         """`extend` over `batch`, then grow a tree of `shape` below each row's last valid token."""
         ...
+
+
+@dataclass(frozen=True)
+class RoundOutput:
+    """What a greedy round commits."""
+
+    tokens: Tensor
+    """[B, depth + 1] int64: accepted tokens, then the bonus token; the first `counts` of a row are valid."""
+    counts: Tensor
+    """[B] int64, at least 1."""
+    features: Tensor
+    """[B, depth + 1, F]: the target's features of the token before each of `tokens`."""
+
+
+@runtime_checkable
+class FusedRoundEngine(FusedDraftEngine, Protocol):
+    """An engine that does a whole greedy round in one call, sparing the host its work between drafting and commit."""
+
+    def speculate(self, batch: TokenBatch, features: Tensor, shape: TreeShape) -> RoundOutput:
+        """`draft_round`, then `forward` over the tree, greedy verification and `commit`."""
+        ...

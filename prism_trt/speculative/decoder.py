@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from prism_trt.config import TreeShape
-from prism_trt.engines.protocol import Engine, TargetOutput, TokenBatch, Tree
+from prism_trt.engines.protocol import Engine, FusedRoundEngine, TargetOutput, TokenBatch, Tree
 from prism_trt.errors import PrismError
 from prism_trt.speculative.kv_pool import SlotPool
 from prism_trt.speculative.sampling import SamplingParams, draw, make_generator, uniforms, warp
@@ -151,6 +151,8 @@ class Decoder:
         """`tokenizer` is needed only for requests with stop words."""
         self.engine = engine
         self.tokenizer = tokenizer
+        # Decided once: the check looks up every method of the protocol.
+        self._fused = engine if isinstance(engine, FusedRoundEngine) else None
         self._slots = SlotPool(engine.limits.slots)
         self._waiting: deque[_Row] = deque()
         self._prefilling: list[_Row] = []
@@ -292,9 +294,16 @@ class Decoder:
             self._advance(row, [token], output.features[i : i + 1], 0, events)
 
     def _tree_round(self, rows: list[_Row], shape: TreeShape, events: list[Event]) -> None:
-        engine = self.engine
+        engine, fused = self.engine, self._fused
         newly = self._batch(rows, [row.pending for row in rows], [row.draft_length for row in rows])
-        tree = grow_tree(engine, newly, _stacked(rows, newly.tokens.shape[1]), shape)
+        pending = _stacked(rows, newly.tokens.shape[1])
+        if fused is not None and all(row.generator is None for row in rows):
+            output = fused.speculate(newly, pending, shape)
+            committed = zip(rows, output.tokens.tolist(), output.counts.tolist(), strict=True)
+            for i, (row, tokens, count) in enumerate(committed):
+                self._finish_round(row, tokens[:count], output.features[i : i + 1, :count], shape, events)
+            return
+        tree = grow_tree(engine, newly, pending, shape)
         lengths = newly.lengths + newly.counts
         batch = TokenBatch(
             tokens=tree.tokens,
@@ -304,18 +313,23 @@ class Decoder:
             counts=torch.full_like(lengths, shape.size),
             mask=tree.mask,
         )
-        output = engine.forward(batch, "all")
-        verdict = self._verify(rows, tree, output)
-        features = output.features.gather(1, verdict.path[:, :, None].expand(-1, -1, output.features.shape[2]))
+        verified = engine.forward(batch, "all")
+        verdict = self._verify(rows, tree, verified)
+        features = verified.features.gather(1, verdict.path[:, :, None].expand(-1, -1, verified.features.shape[2]))
         engine.commit(newly.slots, lengths, verdict.path, verdict.counts)
         accepted = tree.tokens.gather(1, verdict.path).tolist()
         counts, bonus = verdict.counts.tolist(), verdict.bonus.tolist()
         for i, row in enumerate(rows):
-            row.draft_length = row.length
-            row.stats.drafted += shape.size - 1
             tokens = accepted[i][1 : counts[i]]
             tokens.append(bonus[i])
-            self._advance(row, tokens, features[i : i + 1, : counts[i]], counts[i] - 1, events)
+            self._finish_round(row, tokens, features[i : i + 1, : counts[i]], shape, events)
+
+    def _finish_round(
+        self, row: _Row, tokens: list[int], features: Tensor, shape: TreeShape, events: list[Event]
+    ) -> None:
+        row.draft_length = row.length
+        row.stats.drafted += shape.size - 1
+        self._advance(row, tokens, features, len(tokens) - 1, events)
 
     def _verify(self, rows: list[_Row], tree: Tree, output: TargetOutput) -> Verdict:
         assert output.greedy is not None

@@ -109,7 +109,7 @@ def test_deploy_run_until_a_signal(launch: Launch, number: int) -> None:
     process.send_signal(number)
     output, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0
-    assert output == "stopping\n"
+    assert output == "stopping\nstopped\n"
     assert errors == ""
     assert_gone(started, process.pid)
     stream.close()

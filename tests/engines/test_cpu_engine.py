@@ -18,6 +18,7 @@ from prism_trt.engines.protocol import DraftOutput, EngineLimits, TargetOutput, 
 from prism_trt.engines.torch_engine import TorchEngine
 from prism_trt.errors import PrismError
 from prism_trt.speculative.tree import grow_tree
+from prism_trt.speculative.verify import verify_greedy
 from tests.tiny import tiny_drafter, tiny_target
 
 LIMITS = EngineLimits(slots=4, context=160, tokens_per_call=64)
@@ -200,6 +201,45 @@ def test_fused_round_equals_the_generic_loop(engine: CpuEngine, tree: str) -> No
     for name in ("tokens", "parents", "depths", "mask"):
         assert torch.equal(getattr(actual, name), getattr(expected, name)), name
     torch.testing.assert_close(actual.log_probs, expected.log_probs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tree", ["2/1/1", "6/1/5", "16/4/6"])
+def test_fused_greedy_round_equals_its_parts(engine: CpuEngine, tree: str) -> None:
+    """`speculate` in slots 0 and 1 against draft_round, forward, verify_greedy and commit in slots 2 and 3."""
+    shape = TreeShape.parse(tree)
+    counts = torch.tensor([6, 3])
+    zero = torch.zeros(2, dtype=torch.int64)
+    tokens = torch.tensor([random_tokens(7, row + 20, engine.vocab_size) for row in range(2)])
+    positions = torch.arange(6).repeat(2, 1)
+    after = torch.tensor([[1], [2]])
+    results = []
+    for first in (0, 2):
+        slots = torch.arange(first, first + 2)
+        features = engine.forward(TokenBatch(tokens[:, :6], positions, slots, zero, counts), "none").features
+        newly = TokenBatch(tokens[:, 1:], positions, slots, zero, counts)
+        if first == 0:
+            output = engine.speculate(newly, features, shape)
+            committed = [output.tokens[b, : output.counts[b]].tolist() for b in range(2)]
+            sizes, kept = output.counts, [output.features[b, : output.counts[b]] for b in range(2)]
+        else:
+            grown = engine.draft_round(newly, features, shape)
+            full = torch.full_like(counts, shape.size)
+            verified = engine.forward(
+                TokenBatch(grown.tokens, grown.depths + counts[:, None], slots, counts, full, grown.mask)
+            )
+            assert verified.greedy is not None
+            verdict = verify_greedy(grown, verified.greedy)
+            engine.commit(slots, counts, verdict.path, verdict.counts)
+            sizes = verdict.counts
+            paths = [verdict.path[b, : sizes[b]] for b in range(2)]
+            committed = [[*grown.tokens[b, paths[b]][1:].tolist(), int(verdict.bonus[b])] for b in range(2)]
+            kept = [verified.features[b, paths[b]] for b in range(2)]
+        following = engine.forward(TokenBatch(after, (counts + sizes)[:, None], slots, counts + sizes, zero + 1))
+        assert following.logits is not None
+        results.append((committed, kept, following.logits.clone()))
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
+    assert torch.equal(results[0][2], results[1][2])
 
 
 def test_limits_are_enforced(engine: CpuEngine) -> None:

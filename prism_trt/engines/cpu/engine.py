@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prism_trt.config import TreeShape
 from prism_trt.engines.cpu.library import Dims, Library
-from prism_trt.engines.protocol import DraftOutput, EngineLimits, LogitsFor, TargetOutput, TokenBatch, Tree
+from prism_trt.engines.protocol import DraftOutput, EngineLimits, LogitsFor, RoundOutput, TargetOutput, TokenBatch, Tree
 
 _LOGITS_FOR = {"none": 0, "last": 1, "all": 2}
 
@@ -106,22 +106,32 @@ class CpuEngine:
 
     def draft_round(self, batch: TokenBatch, features: Tensor, shape: TreeShape) -> Tree:
         """See `prism_trt.engines.protocol.FusedDraftEngine.draft_round`."""
-        rows, stride = batch.tokens.shape
-        call = _BatchArguments(batch)
-        features = features.to(torch.bfloat16).contiguous()
-        integers = torch.empty(3, rows, shape.size, dtype=torch.int64)
+        rows = batch.tokens.shape[0]
+        tokens, parents, depths = torch.empty(3, rows, shape.size, dtype=torch.int64)
         mask = torch.empty(rows, shape.size, shape.size, dtype=torch.bool)
         log_probs = torch.empty(rows, shape.size)
-        tokens, parents, depths = integers
-        tree = Tree(tokens, parents, depths, mask, log_probs)
+        self._round("prism_draft_round", batch, features, shape, tokens, parents, depths, mask, log_probs)
+        return Tree(tokens, parents, depths, mask, log_probs)
+
+    def speculate(self, batch: TokenBatch, features: Tensor, shape: TreeShape) -> RoundOutput:
+        """See `prism_trt.engines.protocol.FusedRoundEngine.speculate`."""
+        rows = batch.tokens.shape[0]
+        tokens = torch.zeros(rows, shape.depth + 1, dtype=torch.int64)
+        counts = torch.empty(rows, dtype=torch.int64)
+        committed = torch.empty(rows, shape.depth + 1, self.feature_size, dtype=torch.bfloat16)
+        self._round("prism_speculate", batch, features, shape, tokens, counts, committed)
+        return RoundOutput(tokens, counts, committed)
+
+    def _round(self, name: str, batch: TokenBatch, features: Tensor, shape: TreeShape, *outputs: Tensor) -> None:
+        call = _BatchArguments(batch)
+        rows, slots, lengths, counts, stride, _, _, tokens, positions = call.arguments
+        features = features.to(torch.bfloat16).contiguous()
         self._library.call(
-            "prism_draft_round",
-            *(rows, *call.arguments[1:4], stride, *call.arguments[7:9]),
-            features.data_ptr(),
+            name,
+            *(rows, slots, lengths, counts, stride, tokens, positions, features.data_ptr()),
             *(shape.depth, shape.width, shape.size),
-            *(tensor.data_ptr() for tensor in (tokens, parents, depths, mask, log_probs)),
+            *(output.data_ptr() for output in outputs),
         )
-        return tree
 
 
 class _BatchArguments:

@@ -137,10 +137,9 @@ class Library:
         lib.prism_forward.argtypes = [*_BATCH, c_int, c_void_p, c_void_p, c_void_p]
         lib.prism_commit.argtypes = [c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_int]
         lib.prism_draft.argtypes = [*_BATCH, c_int, c_void_p, c_int, c_void_p, c_void_p]
-        lib.prism_draft_round.argtypes = [
-            *(c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_int, c_int, c_int),
-            *(c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
-        ]
+        draft = [c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_int, *[c_void_p] * 3, c_int, c_int, c_int]
+        lib.prism_draft_round.argtypes = [*draft, *[c_void_p] * 5]
+        lib.prism_speculate.argtypes = [*draft, *[c_void_p] * 3]
 
     def _message(self) -> str:
         return self._lib.prism_error().decode()

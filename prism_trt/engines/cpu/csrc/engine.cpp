@@ -413,6 +413,44 @@ void Engine::draft_round(Batch& batch, const int64_t* tokens, const int64_t* pos
     }
 }
 
+void Engine::speculate(Batch& batch, const int64_t* tokens, const int64_t* positions, const bf16* features, int depth, int width,
+                       int size, int64_t* out_tokens, int64_t* out_counts, bf16* out_features) {
+    const int rows = batch.rows, most = depth + 1;
+    const size_t nodes = size_t(rows) * size;
+    std::vector<int64_t> tree_tokens(nodes), parents(nodes), depths(nodes), greedy(nodes), lengths(rows), counts(rows, size);
+    std::vector<uint8_t> mask(nodes * size);
+    std::vector<float> log_probs(nodes);
+    draft_round(batch, tokens, positions, features, depth, width, size,
+                {tree_tokens.data(), parents.data(), depths.data(), mask.data(), log_probs.data()});
+
+    for (int b = 0; b < rows; ++b) {
+        lengths[b] = batch.lengths[b] + batch.counts[b];
+        for (int i = 0; i < size; ++i) depths[size_t(b) * size + i] += lengths[b];  // positions from here on
+    }
+    tree_features_.resize(std::max(tree_features_.size(), nodes * dims.hidden));
+    Batch tree{rows, batch.slots, lengths.data(), counts.data(), size, 0, mask.data(), {}, {}, {}};
+    tree.flatten();
+    forward(tree, tree_tokens.data(), depths.data(), 2, tree_features_.data(), nullptr, greedy.data());
+
+    std::vector<int64_t> path(size_t(rows) * most), path_lengths(rows);
+    for (int b = 0; b < rows; ++b) {
+        const size_t base = size_t(b) * size;
+        // Siblings hold different tokens, so at most one child of an accepted node is accepted.
+        int64_t* accepted = path.data() + size_t(b) * most;
+        int64_t last = 0, count = 1;
+        accepted[0] = 0;
+        for (int i = 1; i < size; ++i)
+            if (parents[base + i] == last && tree_tokens[base + i] == greedy[base + last]) accepted[count++] = last = i;
+        path_lengths[b] = out_counts[b] = count;
+        for (int64_t j = 0; j < count; ++j) {
+            const size_t node = base + size_t(accepted[j]), to = size_t(b) * most + size_t(j);
+            out_tokens[to] = j + 1 < count ? tree_tokens[base + size_t(accepted[j + 1])] : greedy[node];
+            std::memcpy(out_features + to * dims.hidden, tree_features_.data() + node * dims.hidden, dims.hidden * sizeof(bf16));
+        }
+    }
+    commit(rows, batch.slots, lengths.data(), path.data(), path_lengths.data(), most);
+}
+
 }  // namespace prism
 
 // C interface, called by prism_trt/engines/cpu/library.py. Functions return 0, or -1 with a message in prism_error().
@@ -495,6 +533,15 @@ int prism_draft_round(prism::Engine* engine, int rows, const int64_t* slots, con
         prism::Batch batch = batch_of(rows, slots, lengths, counts, stride, 0, nullptr);
         engine->draft_round(batch, tokens, positions, features, depth, width, size,
                             {tree_tokens, tree_parents, tree_depths, tree_mask, tree_log_probs});
+    });
+}
+
+int prism_speculate(prism::Engine* engine, int rows, const int64_t* slots, const int64_t* lengths, const int64_t* counts,
+                    int stride, const int64_t* tokens, const int64_t* positions, const uint16_t* features, int depth, int width,
+                    int size, int64_t* out_tokens, int64_t* out_counts, uint16_t* out_features) {
+    return guarded([&] {
+        prism::Batch batch = batch_of(rows, slots, lengths, counts, stride, 0, nullptr);
+        engine->speculate(batch, tokens, positions, features, depth, width, size, out_tokens, out_counts, out_features);
     });
 }
 

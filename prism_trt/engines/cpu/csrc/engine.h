@@ -37,6 +37,11 @@ public:
     void draft_round(Batch& batch, const int64_t* tokens, const int64_t* positions, const bf16* features, int depth, int width,
                      int size, DraftTree tree);
 
+    // A whole greedy round: draft_round, verification, commit. Row b gets counts[b] <= depth + 1 tokens (the accepted ones
+    // and the bonus token) and the target's features of the tokens before each, rows of depth + 1.
+    void speculate(Batch& batch, const int64_t* tokens, const int64_t* positions, const bf16* features, int depth, int width,
+                   int size, int64_t* out_tokens, int64_t* out_counts, bf16* out_features);
+
     const Dims dims;
 
 private:
@@ -66,6 +71,7 @@ private:
     std::vector<bf16> final_;             // [tokens][hidden] post-norm rows that go to the head
     std::vector<std::vector<Best>> best_;  // per thread
     std::vector<float> draft_logits_;     // of draft_round
+    std::vector<bf16> tree_features_;     // of speculate
     Team team_;
 };
 
