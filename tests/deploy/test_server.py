@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -20,6 +21,7 @@ import pytest
 
 from prism_trt.client.generate import Options, stream_generate
 from prism_trt.deploy import keeper
+from prism_trt.deploy.app import _Stop, _StopSignals
 from prism_trt.deploy.repository import MANIFEST
 from prism_trt.deploy.server import TritonServer, find_triton, free_port, preflight, server_environment
 from prism_trt.errors import PrismError
@@ -145,6 +147,20 @@ def test_a_signal_while_starting(launch: Launch, tmp_path: Path, seconds: float)
     assert_gone(started, process.pid)
     assert [path.name for path in tmp_path.iterdir()] in ([], ["repository"])
     assert not list(tmp_path.iterdir()) or (tmp_path / "repository" / MANIFEST).is_file()
+
+
+def test_a_signal_that_an_import_swallowed_is_remembered() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    signals = _StopSignals()
+    try:
+        signals.check()
+        with contextlib.suppress(BaseException):
+            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(_Stop):
+            signals.check()
+    finally:
+        signals.restore()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_killed_launcher_leaves_nothing(launch: Launch) -> None:

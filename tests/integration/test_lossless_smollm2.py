@@ -89,7 +89,7 @@ def test_sampled_output_has_the_targets_distribution(
 ) -> None:
     prompt = tokenizer.encode_chat([{"role": "user", "content": "Name an animal."}])
     exact = _exact(engine, prompt, SamplingParams(temperature=temperature, top_k=3))
-    draws = 2000
+    draws = 1000
     requests = [
         Request(prompt, 3, SamplingParams(temperature=temperature, top_k=3, seed=seed), tree=TreeShape.parse(tree))
         for seed in range(draws)

@@ -114,9 +114,9 @@ class Library:
         self._engine = None
         try:
             self._lib = ctypes.CDLL(str(path))
-        except OSError as error:
+            self._declare()
+        except (OSError, AttributeError) as error:  # AttributeError: a library of another version lacks a function
             raise PrismError(f"cannot load {path} ({error}): build the engine again on this machine") from None
-        self._declare()
         self._engine = self._lib.prism_open(
             ctypes.byref(dims),
             (c_int32 * len(step_map))(*step_map),
@@ -137,9 +137,22 @@ class Library:
         lib.prism_forward.argtypes = [*_BATCH, c_int, c_void_p, c_void_p, c_void_p]
         lib.prism_commit.argtypes = [c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_int]
         lib.prism_draft.argtypes = [*_BATCH, c_int, c_void_p, c_int, c_void_p, c_void_p]
-        draft = [c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_int, *[c_void_p] * 3, c_int, c_int, c_int]
-        lib.prism_draft_round.argtypes = [*draft, *[c_void_p] * 5]
-        lib.prism_speculate.argtypes = [*draft, *[c_void_p] * 3]
+        draft = (
+            c_void_p,
+            c_int,
+            c_void_p,
+            c_void_p,
+            c_void_p,
+            c_int,
+            c_void_p,
+            c_void_p,
+            c_void_p,
+            c_int,
+            c_int,
+            c_int,
+        )
+        lib.prism_draft_round.argtypes = [*draft, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p]
+        lib.prism_speculate.argtypes = [*draft, c_void_p, c_void_p, c_void_p]
 
     def _message(self) -> str:
         return self._lib.prism_error().decode()
