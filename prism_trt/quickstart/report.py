@@ -74,6 +74,7 @@ def quickstart_figure(figures: QuickstartResult) -> Figure:
     left, right = figure.subplots(1, 2)
     bars = left.bar(["vanilla", "PRISM"], [figures.vanilla_tps, figures.prism_tps], color=["tab:gray", "tab:green"])
     left.bar_label(bars, fmt="%.0f")
+    left.margins(y=0.1)
     left.set(ylabel="tokens per second", title=f"{figures.speedup:.2f} times as fast")
     shares = [float("nan") if share is None else share for share in figures.per_step_acceptance]
     steps = range(1, len(shares) + 1)

@@ -33,7 +33,13 @@ def scratch(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="module")
-def first(scratch: Path) -> Result:
+def strangers() -> set[int]:
+    """Processes that ran before this module's."""
+    return {child.pid for child in psutil.Process().children(recursive=True)}
+
+
+@pytest.fixture(scope="module")
+def first(scratch: Path, strangers: set[int]) -> Result:
     """A first run with all options."""
     options = {"--work": "work", "--json": "q.json", "--plot": "q.png"}
     arguments = [text for name, file in options.items() for text in (name, str(scratch / file))]
@@ -50,11 +56,13 @@ def temporary(directory: Path) -> list[str]:
     return [name for name in names(directory) if name.startswith((".", "tmp", "prism"))]
 
 
-def children() -> list[str]:
-    return [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
+def children(strangers: set[int]) -> list[str]:
+    """Processes this module started and that still run; `strangers` are other modules' servers."""
+    running = psutil.Process().children(recursive=True)
+    return [" ".join(child.cmdline()) for child in running if child.pid not in strangers]
 
 
-def test_builds_serves_and_measures(first: Result, scratch: Path) -> None:
+def test_builds_serves_and_measures(first: Result, scratch: Path, strangers: set[int]) -> None:
     assert first.exit_code == 0, first.output
     for part in ("1/5", "2/5", "3/5", "4/5", "5/5", "> The quick", "output identical", "built: "):
         assert part in first.output
@@ -62,7 +70,7 @@ def test_builds_serves_and_measures(first: Result, scratch: Path) -> None:
     assert (scratch / "q.png").read_bytes().startswith(b"\x89PNG")
     assert not temporary(scratch)
     assert names(scratch / "work") == ["engine", "repository"]
-    assert not children()
+    assert not children(strangers)
 
 
 @pytest.mark.usefixtures("first")
@@ -89,19 +97,19 @@ def test_a_taken_port_is_refused_before_any_work(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("first")
 def test_an_interruption_while_streaming_stops_the_server(
-    scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strangers: set[int]
 ) -> None:
     work = Path(shutil.copytree(scratch / "work", tmp_path / "work"))
     seen: list[str] = []
 
     def interrupt(*_: object) -> None:
-        seen.extend(children())
+        seen.extend(children(strangers))
         raise KeyboardInterrupt
 
     monkeypatch.setattr("prism_trt.quickstart.app.stream_answer", interrupt)
     done = CliRunner().invoke(app(), ["--work", str(work), "--threads", "1"])
     assert done.exit_code != 0
     assert any("tritonserver" in command for command in seen)
-    assert not children()
+    assert not children(strangers)
     assert not temporary(scratch)
     assert names(work) == ["engine", "repository"]
