@@ -29,7 +29,7 @@ from prism_trt.quickstart.report import QuickstartResult, quickstart_result, res
 from prism_trt.quickstart.serving import ServedAnswer, server_for, stream_answer
 from prism_trt.target.smollm2 import find_smollm2
 
-_PROMPT = "What makes a good cup of tea?"
+_PROMPT = "Write a Python function that checks whether a word is a palindrome."
 
 
 def app() -> typer.Typer:
