@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,8 @@ def parse(app: typer.Typer, arguments: list[str]) -> None:
 def test_commands_parse(page: str, line: str) -> None:
     found = arguments_of(line)
     if found is not None:
-        parse(load(found[0]), found[1])
+        command = import_module("prism_trt.bench.peers.app").app() if found[0] == "bench.peers" else load(found[0])
+        parse(command, found[1])
     else:
         first = shlex.split(line, comments=True)[:1]
         known = ("pip", "python", "cd", "curl", "docker", "kubectl", "tensorboard", ".ci/run", "prism-trt", "git", ".")
