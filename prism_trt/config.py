@@ -91,12 +91,18 @@ class RopeScaling(StrictModel):
     original_max_position_embeddings: int = Field(ge=1)
 
 
-class DrafterConfig(StrictModel):
-    """Shape and origin of a PRISM drafter, stored as ``config.json`` of its checkpoint directory."""
+DrafterKind = Literal["prism", "hass", "eagle2", "standard"]
+Features = Literal["last", "multi", "none"]
+KVMode = Literal["producer", "current"]
 
-    kind: Literal["prism"] = "prism"
-    hidden_size: int = Field(ge=1)
+
+class DrafterConfig(StrictModel):
+    """Shape and origin of a drafter, stored as ``config.json`` of its checkpoint directory."""
+
+    kind: DrafterKind = Field("prism", description="eagle2 and hass have one module; standard is a small LM of its own")
+    hidden_size: int = Field(ge=1, description="the target's, except for standard")
     intermediate_size: int = Field(ge=1)
+    num_layers: int = Field(1, ge=1, description="transformer layers of a module")
     num_heads: int = Field(ge=1)
     num_kv_heads: int = Field(ge=1)
     head_dim: int = Field(ge=2, multiple_of=2)
@@ -105,8 +111,9 @@ class DrafterConfig(StrictModel):
     rope_scaling: RopeScaling | None = None
     num_modules: int = Field(ge=1, description="processing modules M")
     step_map: tuple[int, ...] = Field(description="module of each draft step; later steps use the last entry")
-    features: Literal["last"] = Field("last", description="target hidden states fed to step 0: after the final norm")
-    kv_mode: Literal["producer"] = Field("producer", description="K/V stays as its module wrote it")
+    features: Features = Field("last", description="target hidden states fed to step 0; none for standard")
+    feature_layers: tuple[int, ...] = Field((), description="multi: layers after which the fused states are taken")
+    kv_mode: KVMode = Field("producer", description="K/V of earlier tokens in training; serving keeps its producer's")
     fc_bias: bool = False
     draft_vocab_size: int | None = Field(None, ge=1, description="None: the drafter predicts the whole vocabulary")
     target_fingerprint: str
@@ -118,6 +125,14 @@ class DrafterConfig(StrictModel):
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         if set(self.step_map) != set(range(self.num_modules)):
             raise ValueError(f"step_map {list(self.step_map)} must use every module 0..{self.num_modules - 1}")
+        if self.kind != "prism" and self.num_modules != 1:
+            raise ValueError(f"a drafter of kind {self.kind} has one module, not {self.num_modules}")
+        if (self.kind == "standard") != (self.features == "none"):
+            raise ValueError(f"a drafter of kind {self.kind} cannot have features {self.features}")
+        if (self.features == "multi") != bool(self.feature_layers):
+            raise ValueError("feature_layers belong to features multi, and to no others")
+        if self.kv_mode == "current" and self.num_layers > 1:
+            raise ValueError("kv_mode current is defined for modules of one layer")
         return self
 
 
@@ -133,11 +148,23 @@ class GenerationConfig(StrictModel):
 
 
 class TrainConfig(StrictModel):
-    """How a drafter is trained. Stages follow each other: one_step (EAGLE), alignment (HASS), tuning (PRISM)."""
+    """How a drafter is trained.
 
-    modules: int = Field(2, ge=1, le=8, description="processing modules M after tuning; step k uses module min(k, M-1)")
+    Stages follow each other: one_step (EAGLE), alignment (HASS), tuning (PRISM). The kinds eagle2 and standard have the
+    first only, hass the first two.
+    """
+
+    kind: DrafterKind = Field("prism", description="prism, hass, eagle2, or standard (a small LM of its own)")
+    features: Literal["last", "multi"] = Field(
+        "last", description="hidden states fed: the last, or three of them fused"
+    )
+    kv_mode: KVMode = Field("producer", description="module whose K/V a step reads: its producer's, or current")
+    modules: int = Field(2, ge=1, le=8, description="processing modules M of kind prism, after tuning")
+    step_map: str = Field("", description="module of each draft step, as 0,1,1; empty: min(k, M-1); auto: as measured")
+    layers: int = Field(1, ge=1, le=16, description="transformer layers of a module, or of a standard drafter")
+    width: int = Field(0, ge=0, description="hidden width of a standard drafter; 0 for the target's")
     draft_vocab_size: int = Field(8192, ge=0, description="most frequent tokens the drafter can predict; 0 for all")
-    intermediate_size: int = Field(0, ge=0, description="MLP width of a module; 0 for the target's")
+    intermediate_size: int = Field(0, ge=0, description="MLP width of a layer; 0 for the target's (in proportion)")
     one_step_updates: int = Field(6000, ge=0, description="updates of stage one_step")
     alignment_updates: int = Field(1500, ge=0, description="updates of stage alignment")
     tuning_updates: int = Field(1500, ge=0, description="updates of stage tuning, from M copies of the module")
@@ -148,9 +175,11 @@ class TrainConfig(StrictModel):
     tuning_lr: float = Field(5e-4, gt=0, description="peak learning rate of stage tuning")
     warmup: float = Field(0.02, ge=0, lt=1, description="share of each stage with linearly rising learning rate")
     final_lr: float = Field(0.02, ge=0, le=1, description="share of the peak learning rate where the cosine decay ends")
-    rows_per_update: int = Field(2048, ge=1, description="answer tokens per update")
+    rows_per_update: int = Field(1024, ge=1, description="answer tokens per update")
+    rows_per_pass: int = Field(0, ge=0, description="answer tokens per forward pass, gradients added up; 0 for all")
     hidden_weight: float = Field(1.0, ge=0, description="weight of the hidden-state loss in one_step and alignment")
     cross_entropy_weight: float = Field(0.1, gt=0, description="weight of the soft cross-entropy in every stage")
+    alignment_top_k_weight: float = Field(1.0, ge=0, description="weight of HASS's top-K loss, for kind hass")
     tuning_hidden_weight: float = Field(0.0, ge=0, description="weight of the hidden-state loss in stage tuning")
     noise: float = Field(0.1, ge=0, description="half-width of the uniform noise on the features in stage one_step")
     optimizer: Literal["adamw", "muon"] = Field("adamw", description="muon applies to matrices, AdamW to the rest")
@@ -162,3 +191,27 @@ class TrainConfig(StrictModel):
     save_every: int = Field(500, ge=1, description="updates between checkpoints")
     simulate_every: int = Field(500, ge=1, description="updates between simulations of the acceptance length")
     log_every: int = Field(20, ge=1, description="updates between measurements of loss and accuracy")
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> TrainConfig:
+        if self.width and self.kind != "standard":
+            raise ValueError(f"width is for kind standard; a drafter of kind {self.kind} has the target's")
+        if self.features == "multi" and self.kind == "standard":
+            raise ValueError("a standard drafter reads no features: leave features out")
+        if self.kv_mode == "current" and self.layers > 1:
+            raise ValueError("kv_mode current is defined for modules of one layer: pass layers 1")
+        if self.step_map not in ("", "auto") and set(self.fixed_step_map) != set(range(self.modules)):
+            raise ValueError(f"step_map must use every module 0..{self.modules - 1}, as in 0,1,1")
+        if self.kind == "prism" and set(self.fixed_step_map[: self.tuning_steps]) != set(range(self.modules)):
+            raise ValueError(f"{self.tuning_steps} tuning_steps do not reach all {self.modules} modules: raise them")
+        return self
+
+    @property
+    def fixed_step_map(self) -> tuple[int, ...]:
+        """The step map that does not depend on measurements: as given, or step k to module min(k, M-1)."""
+        if self.step_map in ("", "auto"):
+            return tuple(range(self.modules))
+        try:
+            return tuple(int(part) for part in self.step_map.split(","))
+        except ValueError:
+            raise ValueError(f"step_map {self.step_map!r} is not a list of modules, as in 0,1,1") from None

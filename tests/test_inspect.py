@@ -42,7 +42,12 @@ def write_cache(directory: Path, target: Target) -> None:
         for length in (9, 12, 7)
     ]
     write_shard(shard_path(directory, 0), sequences, {})
-    fields = {"target_fingerprint": target.fingerprint, "feature_size": HIDDEN, "counts": {"sequences": 3}}
+    fields = {
+        "target_fingerprint": target.fingerprint,
+        "feature_layers": [target.config.num_layers],
+        "feature_size": HIDDEN,
+        "counts": {"sequences": 3},
+    }
     write_manifest(directory, MANIFEST_FILE, KIND, fields)
 
 

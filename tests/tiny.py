@@ -79,6 +79,26 @@ def tiny_target(seed: int = 0, **overrides: Any) -> Target:
     return Target(config, model.requires_grad_(False).eval(), tiny_tokenizer(config.vocab_size), Path("tiny"))
 
 
+DRAFTERS: dict[str, dict[str, Any]] = {
+    "one module": {"modules": 1},
+    "two modules": {"modules": 2},
+    "three modules": {"modules": 3},
+    "bias": {"modules": 2, "fc_bias": True},
+    "multi": {"modules": 2, "features": "multi", "feature_layers": (0, 1, 1)},
+    "two layers": {"modules": 2, "num_layers": 2},
+    "standard": {
+        "modules": 1,
+        "kind": "standard",
+        "features": "none",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_layers": 2,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+    },
+}
+
+
 def tiny_drafter(
     target: Target,
     modules: int = 2,
@@ -87,7 +107,10 @@ def tiny_drafter(
     draft_vocab_size: int | None = 200,
     **overrides: Any,
 ) -> Drafter:
-    """A random drafter for `target`, with a random draft vocabulary of `draft_vocab_size` tokens (None: all)."""
+    """A random drafter for `target`, with a random draft vocabulary of `draft_vocab_size` tokens (None: all).
+
+    `overrides` are fields of its config; `DRAFTERS` has one set for each shape a drafter can have.
+    """
     config = target.config
     generator = torch.Generator().manual_seed(seed)
     fields: dict[str, Any] = {
@@ -107,7 +130,7 @@ def tiny_drafter(
     vocab = None
     if draft_vocab_size is not None:
         vocab = torch.randperm(config.vocab_size, generator=generator)[:draft_vocab_size].sort().values
-    drafter = Drafter(DrafterConfig(**{**fields, **overrides}), vocab)
+    drafter = Drafter(DrafterConfig(**{**fields, **overrides}), vocab, config.vocab_size)
     with torch.no_grad():
         for parameter in drafter.parameters():
             if parameter.dim() > 1:

@@ -1,16 +1,38 @@
-"""Training prompts: JSONL records to token ids."""
+"""Training prompts: a file of records to token ids."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from pydantic import Field
+
+from prism_trt.config import StrictModel
+from prism_trt.data.accounting import DataReport
+from prism_trt.data.duplicates import evaluation_grams, near_duplicates, repeats_evaluation
+from prism_trt.data.masks import require_generation_prompt
+from prism_trt.data.reading import read_records
+from prism_trt.data.records import Conversation, Message
+from prism_trt.data.turns import planned_prompts
 from prism_trt.errors import PrismError
+from prism_trt.manifest import sha256_file
+from prism_trt.progress import track
 from prism_trt.target.tokenizer import Tokenizer
 
-_FORMS = '{"prompt": "..."}, {"turns": ["...", ...]} or {"messages": [{"role": "...", "content": "..."}, ...]}'
+
+class PromptConfig(StrictModel):
+    """Which prompts of a data file the target is asked."""
+
+    turns: int | None = Field(
+        None,
+        ge=1,
+        description="ask the first so many turns of a conversation, each a prompt of its own  [default: the last]",
+    )
+    near_duplicates: float | None = Field(
+        None, gt=0, le=1, description="leave out conversations this similar to an earlier one, for example 0.8"
+    )
+    exclude: list[Path] = Field([], description="leave out conversations that share 13 words in a row with this file")
 
 
 @dataclass(frozen=True)
@@ -19,80 +41,97 @@ class PromptSet:
 
     prompts: list[list[int]]
     too_long: int
-    """Records dropped because they exceed the token limit."""
+    """Prompts dropped because they exceed the token limit."""
     duplicates: int
-    """Records dropped because an earlier one renders to the same tokens."""
+    """Prompts dropped because an earlier one renders to the same tokens."""
+    refused: int
+    """Prompts dropped because the chat template refused them, such as a system prompt for Gemma."""
 
 
-def read_messages(path: Path) -> list[list[dict[str, str]]]:
-    """Read one conversation per line of a JSONL file; other keys of a record are ignored.
+def prepare_prompts(
+    path: Path, tokenizer: Tokenizer, max_tokens: int, config: PromptConfig
+) -> tuple[list[list[int]], DataReport]:
+    """Read a data file, leave out what `config` says, and render the rest.
 
-    Of ``turns`` the first is kept: later user turns belong after answers that do not exist yet. Of ``messages``
-    everything up to the last user message is kept.
+    Returns:
+        Token ids of each prompt, in the order of the file, and what became of every record.
 
     Raises:
-        PrismError: the file cannot be read or is empty, or a line is not a record, by line number.
+        PrismError: a file cannot be read or holds something else, the tokenizer's chat template cannot be used, or no
+            prompt is left.
     """
-    path = Path(path)
-    conversations = []
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    conversations.append(_messages(line, f"{path}, line {number}"))
-    except OSError as error:
-        raise PrismError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise PrismError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    if not conversations:
-        raise PrismError(f"{path} holds no prompts: write one JSON object per line, {_FORMS}")
-    return conversations
+    records = read_records(path)
+    grams = evaluation_grams(
+        turn.user
+        for file in config.exclude
+        for conversation in read_records(file).conversations
+        for turn in conversation.turns
+    )
+    fresh = [c for c in records.conversations if not any(repeats_evaluation(turn.user, grams) for turn in c.turns)]
+    distinct = fresh if config.near_duplicates is None else _distinct(fresh, config.near_duplicates)
+    if not distinct:
+        raise PrismError(f"every conversation of {path} shares text with an excluded file: pass another --exclude")
+    asked = [messages for conversation in distinct for messages in planned_prompts(conversation, config.turns)]
+    prompts = tokenize_prompts(track(asked, "tokenizing"), tokenizer, max_tokens)
+    report = DataReport(
+        file=str(path),
+        sha256=sha256_file(Path(path)),
+        records=records.count,
+        formats=dict(records.formats),
+        thinking_removed=records.thinking_removed,
+        skipped=records.skipped,
+        excluded=len(records.conversations) - len(fresh),
+        near_duplicates=len(fresh) - len(distinct),
+        conversations=len(distinct),
+        asked=len(asked),
+        refused=prompts.refused,
+        too_long=prompts.too_long,
+        duplicates=prompts.duplicates,
+        prompts=len(prompts.prompts),
+    )
+    return prompts.prompts, report
 
 
-def tokenize_prompts(conversations: list[list[dict[str, str]]], tokenizer: Tokenizer, max_tokens: int) -> PromptSet:
+def read_messages(path: Path) -> list[list[Message]]:
+    """The prompt of each usable record: everything up to the last user message whose history has answers.
+
+    Raises:
+        PrismError: the file cannot be read or is empty, a line is not a record (by number), or none is usable.
+    """
+    return [planned_prompts(conversation)[0] for conversation in read_records(path).conversations]
+
+
+def tokenize_prompts(conversations: Iterable[Sequence[Message]], tokenizer: Tokenizer, max_tokens: int) -> PromptSet:
     """Render conversations with the chat template and its generation prompt; drop long ones and repetitions.
 
     Raises:
-        PrismError: no prompt is left, or the tokenizer has no chat template.
+        PrismError: no prompt is left, or the tokenizer has no chat template or one without the generation prompt that
+            it needs.
     """
+    require_generation_prompt(tokenizer)
     kept: dict[tuple[int, ...], None] = {}
     too_long = duplicates = 0
+    refusals: list[PrismError] = []
     for messages in conversations:
-        ids = tuple(tokenizer.encode_chat(messages, add_generation_prompt=True))
+        try:
+            ids = tuple(tokenizer.encode_chat(messages, add_generation_prompt=True))
+        except PrismError as error:
+            refusals.append(error)
+            continue
         if len(ids) > max_tokens:
             too_long += 1
         elif ids in kept:
             duplicates += 1
         else:
             kept[ids] = None
+    if not kept and not too_long and refusals:
+        raise refusals[0]
     if not kept:
-        raise PrismError(
-            f"none of the {len(conversations)} prompts has {max_tokens} tokens or fewer: raise --max-prompt-tokens"
-        )
-    return PromptSet([list(ids) for ids in kept], too_long, duplicates)
+        raise PrismError(f"none of the {too_long} prompts has {max_tokens} tokens or fewer: raise --max-prompt-tokens")
+    return PromptSet([list(ids) for ids in kept], too_long, duplicates, len(refusals))
 
 
-def _messages(line: str, where: str) -> list[dict[str, str]]:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise PrismError(f"{where}: not valid JSON ({error})") from None
-    if isinstance(record, dict):
-        if isinstance(record.get("prompt"), str) and record["prompt"].strip():
-            return [{"role": "user", "content": record["prompt"]}]
-        turns = record.get("turns")
-        if isinstance(turns, list) and turns and isinstance(turns[0], str) and turns[0].strip():
-            return [{"role": "user", "content": turns[0]}]
-        if messages := _until_last_user(record.get("messages")):
-            return messages
-    raise PrismError(f"{where}: a record must be {_FORMS}")
-
-
-def _until_last_user(messages: Any) -> list[dict[str, str]]:
-    if not isinstance(messages, list):
-        return []
-    for message in messages:
-        if not (isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))):
-            return []
-    users = [index for index, message in enumerate(messages) if message["role"] == "user"]
-    return [{key: m[key] for key in ("role", "content")} for m in messages[: users[-1] + 1]] if users else []
+def _distinct(conversations: list[Conversation], similarity: float) -> list[Conversation]:
+    texts = ("\n".join(turn.user for turn in conversation.turns) for conversation in conversations)
+    repeated = track(near_duplicates(texts, similarity), "looking for repetitions", len(conversations))
+    return [conversation for conversation, skip in zip(conversations, repeated, strict=True) if not skip]

@@ -52,6 +52,13 @@ class GenerationPlan:
     """In the order of generation: shuffled, then by length within a shard."""
     settings: GenerationConfig
     target: Target
+    feature_layers: tuple[int, ...]
+    """Numbers of the hidden states that are kept (see `prism_trt.drafter.features`)."""
+
+    @property
+    def feature_size(self) -> int:
+        """Width F of the features of one token."""
+        return len(self.feature_layers) * self.target.config.hidden_size
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -59,7 +66,8 @@ class GenerationPlan:
         return {
             "target_fingerprint": self.target.fingerprint,
             "tokenizer_fingerprint": self.target.tokenizer.fingerprint,
-            "feature_size": self.target.config.hidden_size,
+            "feature_layers": list(self.feature_layers),
+            "feature_size": self.feature_size,
             "prompts_sha256": sha256_json(self.prompts),
             "prompts": len(self.prompts),
             "shard_prompts": SHARD_PROMPTS,
@@ -77,15 +85,21 @@ class GenerationPlan:
 
     def largest_bytes(self, shards: range) -> int:
         """Size of `shards` if every answer has full length."""
-        bytes_per_token = 4 + 2 * self.target.config.hidden_size
+        bytes_per_token = 4 + 2 * self.feature_size
         tokens = sum(
             len(self.prompts[i]) + self.settings.max_new_tokens for shard in shards for i in self.shard_prompts(shard)
         )
         return tokens * bytes_per_token
 
 
-def plan_generation(prompts: list[list[int]], settings: GenerationConfig, target: Target) -> GenerationPlan:
-    """Shuffle `prompts` by the seed and sort them by length within each shard, so that prefills batch well."""
+def plan_generation(
+    prompts: list[list[int]], settings: GenerationConfig, target: Target, feature_layers: tuple[int, ...]
+) -> GenerationPlan:
+    """Shuffle `prompts` by the seed and sort them by length within each shard, so that prefills batch well.
+
+    Args:
+        feature_layers: numbers of the hidden states to keep (see `prism_trt.drafter.features`).
+    """
     order = list(prompts)
     random.Random(settings.answer_seed).shuffle(order)
     ordered = [
@@ -93,7 +107,15 @@ def plan_generation(prompts: list[list[int]], settings: GenerationConfig, target
         for first in range(0, len(order), SHARD_PROMPTS)
         for prompt in sorted(order[first : first + SHARD_PROMPTS], key=len)
     ]
-    return GenerationPlan(ordered, settings, target)
+    return GenerationPlan(ordered, settings, target, feature_layers)
+
+
+def planned_layers(directory: Path) -> tuple[int, ...]:
+    """Numbers of the hidden states that the cache begun in `directory` keeps; empty when there is none."""
+    try:
+        return tuple(json.loads((Path(directory) / PLAN_FILE).read_text())["feature_layers"])
+    except (OSError, ValueError, KeyError):
+        return ()
 
 
 def regenerate(

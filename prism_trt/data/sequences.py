@@ -18,6 +18,13 @@ class FeatureSequence:
     prompt_length: int
     greedy: bool
     """The answer was decoded greedily, so its tokens are the target's own first choices."""
+    final: Tensor | None = None
+    """[n-1, H]: the target's hidden states after the final norm, where `features` are others."""
+
+    @property
+    def teacher(self) -> Tensor:
+        """[n-1, H]: the hidden states that the drafter's imitate."""
+        return self.features if self.final is None else self.final
 
     @property
     def roots(self) -> int:

@@ -1,7 +1,9 @@
 """Drafter checkpoints: a directory with ``config.json`` and ``model.safetensors``.
 
-Tensors are named ``modules.{m}.fc.weight`` and ``modules.{m}.layer.*`` in Hugging Face spelling, plus ``draft_vocab``
-when the drafter predicts a part of the vocabulary. Embedding, head and final norm are the target's and are not stored.
+Tensors are named ``modules.{m}.fc.weight`` and ``modules.{m}.layer.*`` in Hugging Face spelling (``layers.{i}.*`` where
+a module has several), plus ``fusion.weight`` for multi features and ``draft_vocab`` when the drafter predicts a part of
+the vocabulary. Embedding, head and final norm are the target's and are not stored; only the kind `standard` has its
+own: ``embed_tokens.weight``, ``lm_head.weight`` and ``modules.0.norm.weight``.
 """
 
 from __future__ import annotations
@@ -27,10 +29,15 @@ _VOCAB = "draft_vocab"
 
 def drafter_tensors(drafter: Drafter) -> dict[str, Tensor]:
     """The checkpoint's tensors by name, sharing memory with `drafter`."""
-    tensors = {name.replace("modules_.", "modules.", 1): value for name, value in drafter.state_dict().items()}
+    tensors = {_stored_name(name, drafter.config): value for name, value in drafter.state_dict().items()}
     if drafter.draft_vocab is not None:
         tensors[_VOCAB] = drafter.draft_vocab
     return tensors
+
+
+def _stored_name(name: str, config: DrafterConfig) -> str:
+    name = name.replace("modules_.", "modules.", 1)
+    return name.replace(".layers.0.", ".layer.", 1) if config.num_layers == 1 else name
 
 
 def weights_sha256(drafter: Drafter) -> str:
@@ -77,11 +84,16 @@ def load_drafter(directory: Path, target: Target | None = None, dtype: torch.dty
 
     vocab = tensors.pop(_VOCAB, None)
     _require_vocab(vocab, config, path)
+    vocab_size = len(tensors["embed_tokens.weight"]) if "embed_tokens.weight" in tensors else 1
     with torch.device("meta"):
-        expected = drafter_tensors(Drafter(config.model_copy(update={"draft_vocab_size": None})))
-    _require_tensors(tensors, expected, path)
-    drafter = Drafter(config, vocab).to(dtype)
-    drafter.load_state_dict({name.replace("modules.", "modules_.", 1): value for name, value in tensors.items()})
+        empty = Drafter(config, None if vocab is None else vocab.to("meta"), vocab_size)
+    _require_tensors(tensors, {k: v for k, v in drafter_tensors(empty).items() if k != _VOCAB}, path)
+    if target is not None and config.kind == "standard" and vocab_size != target.config.vocab_size:
+        raise PrismError(
+            f"{path} embeds {vocab_size} tokens but the target has {target.config.vocab_size}: train again"
+        )
+    drafter = Drafter(config, vocab, vocab_size).to(dtype)
+    drafter.load_state_dict({name: tensors[_stored_name(name, config)] for name in drafter.state_dict()})
     return drafter.eval()
 
 
@@ -116,4 +128,4 @@ def _require_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor], pa
                 f"the file and its {CONFIG_FILE} do not belong together"
             )
     if unknown := sorted(set(tensors) - set(expected)):
-        raise PrismError(f"{path} holds the unknown tensor {unknown[0]}: it is not a PRISM drafter of this version")
+        raise PrismError(f"{path} holds the unknown tensor {unknown[0]}: it is not a drafter of this version")

@@ -70,12 +70,22 @@ def load_engine_tokenizer(path: Path) -> Tokenizer:
     return Tokenizer.load(Path(path) / TOKENIZER_DIRECTORY)
 
 
-def make_engine(target: Target, drafter: Drafter | None, limits: EngineLimits, threads: int | None = None) -> Engine:
-    """An engine for a loaded model without an engine directory: compiled where possible, else torch in float32."""
+def make_engine(
+    target: Target,
+    drafter: Drafter | None,
+    limits: EngineLimits,
+    threads: int | None = None,
+    feature_layers: tuple[int, ...] | None = None,
+) -> Engine:
+    """An engine for a loaded model without an engine directory: compiled where possible, else torch in float32.
+
+    Args:
+        feature_layers: numbers of the hidden states to give as features; None for those the drafter is fed.
+    """
     chosen = choose_isa()
     if chosen and not unsupported(target.config, drafter.config if drafter else None):
-        return open_temporary(target, drafter, limits, threads or default_threads(), *chosen)
+        return open_temporary(target, drafter, limits, threads or default_threads(), *chosen, feature_layers)
 
     from prism_trt.engines.torch_engine import TorchEngine
 
-    return TorchEngine(target, drafter, limits, torch.device("cpu"), torch.float32)
+    return TorchEngine(target, drafter, limits, torch.device("cpu"), torch.float32, feature_layers)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from prism_trt.config import TreeShape
+from prism_trt.drafter.features import fed_layers
 from prism_trt.drafter.model import Drafter
 from prism_trt.engines.protocol import DraftOutput, EngineLimits, LogitsFor, TargetOutput, TokenBatch
 from prism_trt.errors import PrismError
@@ -16,7 +17,7 @@ from prism_trt.target.model import KVPool, LlamaModel, PoolAccess, attend
 
 
 class TorchEngine:
-    """A target and its drafter on `device`; the drafter's pool has one layer that all modules share."""
+    """A target and its drafter on `device`; all modules share the drafter's pool."""
 
     default_tree = TreeShape()
 
@@ -27,8 +28,12 @@ class TorchEngine:
         limits: EngineLimits,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
+        feature_layers: tuple[int, ...] | None = None,
     ) -> None:
         """Bring the weights to `device` as `dtype` and allocate the K/V pools.
+
+        Args:
+            feature_layers: numbers of the hidden states to give as features; None for those the drafter is fed.
 
         Raises:
             PrismError: the context is longer than the positions the target knows.
@@ -42,7 +47,9 @@ class TorchEngine:
         self.device = device
         self.limits = limits
         self.vocab_size = config.vocab_size
-        self.hidden_size = self.feature_size = config.hidden_size
+        self._feature_layers = feature_layers or fed_layers(config, drafter.config if drafter else None)
+        self.feature_size = len(self._feature_layers) * config.hidden_size
+        self.hidden_size = drafter.config.hidden_size if drafter else config.hidden_size
         self.has_drafter = drafter is not None
         self.draft_vocab = None
         self._dtype = dtype
@@ -57,8 +64,9 @@ class TorchEngine:
             self._drafter = copy.deepcopy(drafter).to(device, dtype).requires_grad_(False).eval()
             self.draft_vocab = self._drafter.draft_vocab
             self._draft_head = self._drafter.head_rows(self._target.head_weight)
+            self._draft_embedding = self._drafter.embedding(self._target.model.embed_tokens.weight)
             self._draft_pool = KVPool.allocate(
-                1, limits.slots, shape.num_kv_heads, limits.context, shape.head_dim, dtype, device
+                shape.num_layers, limits.slots, shape.num_kv_heads, limits.context, shape.head_dim, dtype, device
             )
 
     @torch.inference_mode()
@@ -70,10 +78,10 @@ class TorchEngine:
             ValueError: two rows share a slot, or a slot does not exist.
         """
         self._check_size(batch)
-        features = self._target(batch, self._pool)
+        final, features = self._target(batch, self._pool, self._feature_layers)
         if logits_for == "none":
             return TargetOutput(features, None, None)
-        logits = self._target.head(features if logits_for == "all" else _last(features, batch))
+        logits = self._target.head(final if logits_for == "all" else _last(final, batch))
         return TargetOutput(features, logits, logits.argmax(dim=-1))
 
     @torch.inference_mode()
@@ -93,16 +101,20 @@ class TorchEngine:
         return self._predict(self._draft(k, batch, hidden))
 
     def _draft(self, k: int, batch: TokenBatch, hidden: Tensor) -> Tensor:
-        """[B, T, H] hidden states of module sigma(k), whose K/V it writes into the one draft layer."""
+        """[B, T, H] hidden states of module sigma(k), whose K/V it writes into the draft pool."""
         if self._drafter is None:
             raise ValueError("this engine has no drafter")
         self._check_size(batch)
         access = PoolAccess.of(batch, self._draft_pool)
         module = self._drafter.module(k)
-        x = module.fuse(self._target.model.embed_tokens(batch.tokens), hidden.to(self._dtype))
-        queries, keys, values = module.qkv(x, batch.positions)
-        keys, values = access.update(self._draft_pool, 0, keys, values)
-        return module.finish(x, attend(queries, keys, values, access.mask))
+        hidden = hidden.to(self._dtype)
+        embeds = nn.functional.embedding(batch.tokens, self._draft_embedding)
+        x = module.fuse(embeds, hidden if k else self._drafter.fuse_features(hidden))
+        for number, layer in enumerate(module.stack):
+            normed = layer.input_layernorm(x)
+            keys, values = access.update(self._draft_pool, number, *layer.key_value(normed, batch.positions))
+            x = layer.finish(x, attend(layer.query(normed, batch.positions), keys, values, access.mask))
+        return module.norm(x)
 
     def _predict(self, hidden: Tensor) -> DraftOutput:
         return DraftOutput(nn.functional.linear(hidden, self._draft_head).float(), hidden)

@@ -6,6 +6,7 @@ Shape legend: B rows, T tokens per row, H hidden width, h query heads, g key/val
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -287,8 +288,15 @@ class LlamaModel(nn.Module):
         """Float32 logits [..., V] of features [..., H]."""
         return functional.linear(features, self.head_weight).float()
 
-    def forward(self, batch: TokenBatch, pool: KVPool) -> Tensor:
-        """Features [B, T, H] (post final norm) of a batch over the pool; writes its K/V.
+    def forward(self, batch: TokenBatch, pool: KVPool, feature_layers: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+        """Run a batch over the pool, writing its K/V.
+
+        Args:
+            feature_layers: numbers of the hidden states wanted (see `prism_trt.drafter.features`); none for the last.
+
+        Returns:
+            The hidden states [B, T, H] after the final norm, and the features [B, T, F]: the wanted hidden states side
+            by side.
 
         Raises:
             PrismError: a token lies outside the pool's capacity.
@@ -296,25 +304,37 @@ class LlamaModel(nn.Module):
         """
         access = PoolAccess.of(batch, pool)
         cosine, sine = self._angles(batch.positions)
-        x = self.model.embed_tokens(batch.tokens)
-        for number, layer in enumerate(self.model.layers):
-            assert isinstance(layer, DecoderLayer)
+
+        def attention(number: int, layer: DecoderLayer, x: Tensor) -> Tensor:
             q, k, v = layer.self_attn.qkv(layer.input_layernorm(x), cosine, sine)
             keys, values = access.update(pool, number, k, v)
-            x = layer.finish(x, attend(q, keys, values, access.mask))
-        return self.model.norm(x)
+            return attend(q, keys, values, access.mask)
 
-    def forward_sequence(self, tokens: Tensor) -> Tensor:
-        """Features [B, T, H] of whole sequences [B, T], causal, without a pool; padding belongs at the end."""
+        return self._run(batch.tokens, attention, feature_layers)
+
+    def forward_sequence(self, tokens: Tensor, feature_layers: Sequence[int] = ()) -> Tensor:
+        """Features [B, T, F] of whole sequences [B, T], causal, without a pool; padding belongs at the end."""
         length = tokens.shape[1]
         cosine, sine = self._angles(torch.arange(length, device=tokens.device)[None])
         mask = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()[None, None]
-        x = self.model.embed_tokens(tokens)
-        for layer in self.model.layers:
-            assert isinstance(layer, DecoderLayer)
+
+        def attention(number: int, layer: DecoderLayer, x: Tensor) -> Tensor:
             q, k, v = layer.self_attn.qkv(layer.input_layernorm(x), cosine, sine)
-            x = layer.finish(x, attend(q, k.transpose(1, 2), v.transpose(1, 2), mask))
-        return self.model.norm(x)
+            return attend(q, k.transpose(1, 2), v.transpose(1, 2), mask)
+
+        return self._run(tokens, attention, feature_layers)[1]
+
+    def _run(
+        self, tokens: Tensor, attention: Callable[[int, DecoderLayer, Tensor], Tensor], feature_layers: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        x = self.model.embed_tokens(tokens)
+        states = [x]
+        for number, layer in enumerate(self.model.layers):
+            assert isinstance(layer, DecoderLayer)
+            x = layer.finish(x, attention(number, layer, x))
+            states.append(x)
+        states[-1] = final = self.model.norm(x)
+        return final, torch.cat([states[i] for i in feature_layers], dim=-1) if feature_layers else final
 
     def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [..., 1, d / 2] of [...] positions, in the dtype of the weights."""

@@ -1,4 +1,4 @@
-"""The `train` command line. Every field of `GenerationConfig` and `TrainConfig` is one option."""
+"""The `train` command line. Every field of its configs is one option."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import typer
 from pydantic.fields import FieldInfo
 
 from prism_trt.config import GenerationConfig, StrictModel, TrainConfig, parse
+from prism_trt.data.prompts import PromptConfig
 from prism_trt.errors import PrismError
-from prism_trt.train.run import RunPaths, run_training
+from prism_trt.train.run import RunOptions, RunPaths, run_training
+from prism_trt.train.world import WorldConfig, open_world
 
 
 def app() -> typer.Typer:
@@ -43,12 +45,16 @@ def train(
     answers: Annotated[int | None, typer.Option(min=1, help="prompts to answer  [default: all]")] = None,
     slots: Annotated[int, typer.Option(min=1, help="answers generated at once")] = 64,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads  [default: all cores]")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    parallel: Annotated[str, typer.Option(help="ddp or fsdp, when torchrun starts several processes")] = "ddp",
+    wandb: Annotated[str | None, typer.Option(help="also log to this Weights & Biases project")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print what the run needs, and stop")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing --out")] = False,
     **options: Any,
 ) -> None:
     """Train a drafter for a target: answer the prompts with it, then train on its hidden states.
 
-    Interrupt at any time; the same command continues.
+    Interrupt at any time; the same command continues. torchrun -m prism_trt.train runs it on several devices.
     """
     if out is None and not generate_only:
         raise PrismError("--out is missing: name the drafter directory to write, or pass --generate-only")
@@ -62,15 +68,17 @@ def train(
         raise PrismError("--cache is missing: name the directory the answers go to")
     if threads is not None:
         torch.set_num_threads(threads)
-    run_training(
-        RunPaths(target, data, None if generate_only else out, work or cache, cache, init),
-        _config(GenerationConfig, options),
-        _config(TrainConfig, options),
-        slots,
-        answers,
-        overwrite,
-        ["prism-trt", "train", *sys.argv[1:]],
-    )
+    training = _config(TrainConfig, options)
+    with open_world(parse(WorldConfig, {"device": device, "parallel": parallel}, "command line")) as world:
+        run_training(
+            RunPaths(target, data, None if generate_only else out, work or cache, cache, init),
+            _config(PromptConfig, options),
+            _config(GenerationConfig, options),
+            training,
+            RunOptions(slots, answers, overwrite, wandb, dry_run),
+            world,
+            ["prism-trt", "train", *sys.argv[1:]],
+        )
 
 
 def _config(model: type[Any], options: dict[str, Any]) -> Any:
@@ -84,7 +92,7 @@ def _train_command() -> Any:
         train(**arguments)
 
     own = [p for p in inspect.signature(train, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    parameters = own + _options(GenerationConfig) + _options(TrainConfig)
+    parameters = own + _options(PromptConfig) + _options(GenerationConfig) + _options(TrainConfig)
     command.__doc__ = train.__doc__
     command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]

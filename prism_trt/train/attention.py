@@ -71,8 +71,8 @@ class _JointAttention(torch.autograd.Function):
         own_scores = [
             (wide * key.unsqueeze(2)).sum(-1, dtype=torch.float32).mul_(scale).view(rows, heads) for key in own_keys
         ]
-        own_probabilities = torch.empty(len(own_keys), rows, heads, dtype=query.dtype)
-        with torch.autocast("cpu", enabled=False):
+        own_probabilities = query.new_empty(len(own_keys), rows, heads)
+        with torch.autocast(query.device.type, enabled=False):
             for span in spans:
                 part = slice(span.root_start, span.root_start + span.roots)
                 columns = span.prompts + span.roots
@@ -80,7 +80,7 @@ class _JointAttention(torch.autograd.Function):
                 values = _context(prompt_values, root_values, span)
                 scores = torch.bmm(_by_group(query[part], groups), keys.transpose(1, 2)).float().mul_(scale)
                 scores = scores.view(heads, span.roots, columns)
-                future = torch.ones(span.roots, span.roots, dtype=torch.bool).triu(1)
+                future = torch.ones(span.roots, span.roots, dtype=torch.bool, device=query.device).triu(1)
                 scores[:, :, span.prompts :].masked_fill_(future, float("-inf"))
                 if own_scores:
                     scores = torch.cat((scores, torch.stack([s[part].t() for s in own_scores], dim=-1)), dim=-1)

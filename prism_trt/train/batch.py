@@ -12,7 +12,7 @@ their sequence's end have no step k.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -32,36 +32,51 @@ class SequenceSpan:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Rows of several sequences: P prompt rows and N roots in all, H feature width."""
+    """Rows of several sequences: P prompt rows and N roots in all, F feature width, H hidden width."""
 
     spans: tuple[SequenceSpan, ...]
     prompt_tokens: Tensor
     """[P] int64: x_{t+1} of each prompt row."""
     prompt_features: Tensor
-    """[P, H]: h_t."""
+    """[P, F]: h_t."""
     prompt_positions: Tensor
     """[P] int64: t."""
     root_tokens: Tensor
     """[N] int64: x_{r+1}."""
     root_features: Tensor
-    """[N, H]: h_r."""
+    """[N, F]: h_r."""
     root_positions: Tensor
     """[N] int64: r."""
     teacher_features: Tensor
-    """[N, H]: h_{r+1}."""
+    """[N, H]: h_{r+1}, after the target's final norm."""
     next_tokens: Tensor
     """[N] int64: x_{r+2}, what step 0 should predict."""
     remaining: Tensor
     """[N] int64: later roots of the same sequence, so step k exists where ``remaining >= k``."""
+    update_roots: tuple[int, ...]
+    """Roots of every sequence of the update that this batch is a part of: what its losses are averaged over."""
 
     @property
     def rows(self) -> int:
         """N, the number of roots."""
         return len(self.root_tokens)
 
+    def update_rows(self, step: int) -> int:
+        """Roots of the whole update that have a draft step `step`; at least 1."""
+        return max(1, sum(max(0, roots - step) for roots in self.update_roots))
 
-def pack(sequences: Sequence[FeatureSequence]) -> PackedBatch:
-    """Pack `sequences`, each with at least one root."""
+    def to(self, device: torch.device) -> PackedBatch:
+        """The batch with its tensors on `device`."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
+
+
+def pack(sequences: Sequence[FeatureSequence], update_roots: Sequence[int] | None = None) -> PackedBatch:
+    """Pack `sequences`, each with at least one root.
+
+    Args:
+        update_roots: roots of every sequence of the update; None when `sequences` are the whole update.
+    """
     spans, prompt_at, root_at = [], 0, 0
     for sequence in sequences:
         prompts = sequence.prompt_length - 1
@@ -82,7 +97,8 @@ def pack(sequences: Sequence[FeatureSequence]) -> PackedBatch:
         root_tokens=root_part(0, "tokens"),
         root_features=root_part(-1, "features"),
         root_positions=torch.cat([torch.arange(span.roots) + span.prompts for span in spans]),
-        teacher_features=root_part(0, "features"),
+        teacher_features=root_part(0, "teacher"),
         next_tokens=root_part(1, "tokens"),
         remaining=torch.cat([torch.arange(span.roots - 1, -1, -1) for span in spans]),
+        update_roots=tuple(span.roots for span in spans) if update_roots is None else tuple(update_roots),
     )

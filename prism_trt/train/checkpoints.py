@@ -29,8 +29,11 @@ class RunState:
     """Rows trained on since the beginning."""
     seconds: float
     """Training time since the beginning, interruptions excluded."""
-    drafter: dict[str, torch.Tensor]
-    optimizer: list[dict[str, Any]]
+    step_map: list[int]
+    """Of the drafter; what `--step-map auto` chose stays chosen."""
+    weights: dict[str, torch.Tensor]
+    moments: dict[str, Any]
+    """Of the optimizers; see `prism_trt.train.world.whole_moments`."""
 
 
 def stage_file(stage: Stage) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Iterator
@@ -11,23 +12,27 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prism_trt.config import DrafterConfig, TrainConfig
-from prism_trt.data.feature_cache import FeatureCache
+from prism_trt.data.sequences import FeatureSequence
 from prism_trt.drafter.checkpoint import weights_sha256
+from prism_trt.drafter.features import multi_layers
 from prism_trt.drafter.model import Drafter, copy_modules
 from prism_trt.errors import PrismError
 from prism_trt.manifest import sha256_json
 from prism_trt.target.loading import Target
-from prism_trt.train.alignment import aligned_steps
+from prism_trt.train.alignment import feature_noise
 from prism_trt.train.batch import PackedBatch, pack
 from prism_trt.train.checkpoints import LATEST, RunState, find_state, save_state, stage_file
-from prism_trt.train.losses import StepMetrics, hidden_loss, soft_cross_entropy
+from prism_trt.train.losses import StepMetrics
+from prism_trt.train.objective import Objective
 from prism_trt.train.optimizer import StageOptimizer
 from prism_trt.train.simulate import SimulatedAcceptance, simulate_acceptance
-from prism_trt.train.stages import DataOrder, Stage, learning_rate, stages
+from prism_trt.train.stages import DataOrder, Stage, cut, learning_rate, stages
+from prism_trt.train.step_map import step_map_of_difficulty
 from prism_trt.train.vocabulary import choose_draft_vocab
+from prism_trt.train.world import ALONE, World, restore_state, whole_moments, whole_weights
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,20 @@ class Measurement:
     """Per draft step: share of rows where the drafter's first choice is the target's."""
 
 
+class Sequences(Protocol):
+    """Training data by index: a `FeatureCache`, or something of its shape."""
+
+    directory: Path
+    greedy: np.ndarray
+
+    @property
+    def roots(self) -> np.ndarray: ...
+    @property
+    def data_sha256(self) -> str: ...
+    def sequence(self, index: int) -> FeatureSequence: ...
+    def token_counts(self, indices: np.ndarray, vocab_size: int) -> np.ndarray: ...
+
+
 class Observer(Protocol):
     """Told about the progress of a run."""
 
@@ -68,6 +87,9 @@ class Observer(Protocol):
 
     def simulated(self, stage: Stage, update: int, acceptance: SimulatedAcceptance) -> None:
         """The acceptance length was simulated."""
+
+    def mapped(self, step_map: tuple[int, ...], acceptance: SimulatedAcceptance) -> None:
+        """A step map was chosen from measured acceptance."""
 
 
 @dataclass(frozen=True)
@@ -85,24 +107,30 @@ class Trainer:
     """Trains one drafter on one feature cache. The result depends on configuration, data and thread count only."""
 
     def __init__(
-        self, target: Target, cache: FeatureCache, config: TrainConfig, work: Path, init: Drafter | None = None
+        self,
+        target: Target,
+        cache: Sequences,
+        config: TrainConfig,
+        work: Path,
+        init: Drafter | None = None,
+        world: World = ALONE,
     ) -> None:
         """Prepare a run whose checkpoints live in `work`.
 
         Args:
+            cache: opened for the features of `config`.
             init: drafter of one module to start from; it keeps its shape and draft vocabulary.
+            world: the processes that share the run.
 
         Raises:
-            PrismError: the cache leaves nothing to train on, or `init` has several modules.
+            PrismError: the cache leaves nothing to train on, or `init` is of another kind or has several modules.
         """
-        if init is not None and init.config.num_modules > 1:
-            raise PrismError(
-                f"the initial drafter has {init.config.num_modules} modules: pass one with a single module, "
-                "which the stages before tuning train"
-            )
+        if init is not None:
+            _check_init(init.config, config)
         self._config = config
         self._cache = cache
         self._work = work
+        self._world = world
         self._stages = stages(config)
         self._signatures = [
             sha256_json([stage.signature, cache.data_sha256, target.fingerprint, init and weights_sha256(init)])
@@ -116,8 +144,11 @@ class Trainer:
             init = _new_drafter(target, config, vocab)
         self._first = init
         with torch.no_grad():
-            self._embedding = target.model.model.embed_tokens.weight.to(self._compute)
-            self._head = self._first.head_rows(target.model.head_weight).to(self._compute).contiguous()
+            table = target.model.model.embed_tokens.weight
+            self._embedding = table.to(world.device, self._compute)
+            head = target.model.head_weight
+            rows = head if init.draft_vocab is None else head[init.draft_vocab]
+            self._head = rows.to(world.device, self._compute).contiguous()
 
     def run(self, observers: list[Observer]) -> TrainingResult:
         """Train, or continue from the last checkpoint in the work directory, to the end of the last stage.
@@ -126,65 +157,101 @@ class Trainer:
             PrismError: the loss is no longer finite (the last checkpoint stays), or the work directory holds another
                 run.
         """
+        world = self._world
         state = find_state(self._work, self._stages, self._signatures)
         first, done = (state.stage, state.update) if state else (0, 0)
-        drafter = _for_stage(self._first, self._stages[first])
-        if state:
-            drafter.load_state_dict(state.drafter)
         rows, seconds = (state.rows, state.seconds) if state else (0, 0.0)
+        drafter = self._first
+        if state:
+            drafter = _with_modules(drafter, self._stages[first].modules, tuple(state.step_map))
         for observer in observers:
             observer.started(self._stages, first, done)
 
         acceptance = None
         for stage in self._stages[first:]:
-            if stage.number > first:
-                drafter, done, state = _for_stage(drafter, stage), 0, None
-            optimizer = StageOptimizer(drafter, self._config)
+            if stage.number > first or state is None:
+                done, state = 0, None
+                drafter = _with_modules(drafter, stage.modules, self._step_map(drafter, stage, observers))
+            objective = Objective(drafter, self._embedding, self._head, self._config)
+            model = world.wrap(objective)
+            optimizer = StageOptimizer(model, self._config)
             if state:
-                optimizer.load_state_dict(state.optimizer)
+                restore_state(model, optimizer.parts, state.weights, state.moments)
             order = DataOrder(
                 self._cache.roots[self._training], self._config.rows_per_update, self._config.seed, stage.number
             )
             for update in range(done, stage.updates):
                 began = time.perf_counter()
-                report = self._update(drafter, optimizer, stage, update, self._batch(order.at(update)))
+                report = self._update(model, optimizer, stage, update, order.at(update))
                 last = update + 1 == stage.updates
                 seconds += time.perf_counter() - began
                 rows += report.rows
                 for observer in observers:
                     observer.updated(report)
-                if last or (update + 1) % self._config.save_every == 0:
+                simulate = bool(len(self._held_back)) and (last or (update + 1) % self._config.simulate_every == 0)
+                save = last or (update + 1) % self._config.save_every == 0
+                if not (simulate or save):
+                    continue
+                weights, moments = whole_weights(model), whole_moments(model, optimizer.parts)
+                if save and world.first:
                     current = RunState(
                         *(self._signatures[stage.number], stage.number, update + 1, rows, seconds),
-                        *(drafter.state_dict(), optimizer.state_dict()),
+                        *(list(drafter.config.step_map), weights, moments),
                     )
                     save_state(current, self._work / LATEST)
                     if last:
                         save_state(current, self._work / stage_file(stage))
-                if len(self._held_back) and (last or (update + 1) % self._config.simulate_every == 0):
-                    acceptance = self._simulate(drafter)
+                if simulate and world.first:
+                    acceptance = self._simulate(self._plain(drafter, weights))
                     for observer in observers:
                         observer.simulated(stage, update + 1, acceptance)
+                world.barrier()
+            drafter = self._plain(drafter, whole_weights(model))
         if acceptance is None and len(self._held_back):
             acceptance = self._simulate(drafter)
-        return TrainingResult(drafter.eval(), rows, seconds, acceptance)
+        return TrainingResult(_as_kind(drafter, self._config).cpu().eval(), rows, seconds, acceptance)
+
+    def drafter_of(self, stage: Stage) -> Drafter:
+        """The drafter that `stage` trains, before any training; a measured step map is not known yet."""
+        return _with_modules(self._first, stage.modules, self._config.fixed_step_map)
+
+    def probe(self, stage: Stage, updates: int = 2) -> float:
+        """Rows per second of `stage`, measured on a few updates (after one more) whose result is thrown away."""
+        drafter = copy.deepcopy(self.drafter_of(stage))
+        model = self._world.wrap(Objective(drafter, self._embedding, self._head, self._config))
+        optimizer = StageOptimizer(model, self._config)
+        roots = self._cache.roots[self._training]
+        order = DataOrder(roots, self._config.rows_per_update, self._config.seed, stage.number)
+        reports = [self._update(model, optimizer, stage, update, order.at(update)) for update in range(updates + 1)]
+        return sum(report.rows for report in reports[1:]) / sum(report.seconds for report in reports[1:])
 
     def _update(
-        self, drafter: Drafter, optimizer: StageOptimizer, stage: Stage, update: int, batch: PackedBatch
+        self, model: nn.Module, optimizer: StageOptimizer, stage: Stage, update: int, members: np.ndarray
     ) -> UpdateReport:
         began = time.perf_counter()
         config = self._config
         wanted = update % config.log_every == 0 or update + 1 == stage.updates
         metrics = StepMetrics.zeros(stage.steps) if wanted else None
-        noise = torch.Generator().manual_seed(_noise_seed(config.seed, stage.number, update))
-        with torch.autocast("cpu", torch.bfloat16, enabled=self._compute == torch.bfloat16):
-            hidden = aligned_steps(
-                drafter, self._embedding, batch, stage.steps, detach=stage.detach, noise=stage.noise, generator=noise
-            )
-            distance = hidden_loss(hidden, batch) if stage.hidden_weight else torch.zeros(())
-            cross_entropy = soft_cross_entropy(hidden, batch, self._head, metrics)
-            loss = stage.hidden_weight * distance + config.cross_entropy_weight * cross_entropy
-        loss.backward()
+        roots = self._cache.roots[self._training[members]]
+        loss, distance = torch.zeros(()), torch.zeros(())
+        parts = self._parts(roots)
+        for number, part in enumerate(parts):
+            # A rank without sequences takes part in the exchange of gradients with a loss of zero.
+            chosen = members[part] if len(part) else members[:1]
+            batch = pack([self._cache.sequence(int(self._training[member])) for member in chosen], roots.tolist())
+            noise = None
+            if stage.noise:
+                seeds = [_noise_seed(config.seed, stage.number, update, int(member)) for member in chosen]
+                noise = feature_noise(batch, stage.noise, seeds, self._compute).to(self._world.device)
+            with self._world.accumulating(model, number + 1 == len(parts)):
+                part_loss, part_distance = model(
+                    batch.to(self._world.device), stage, noise, metrics if len(part) else None
+                )
+                share = 1.0 if len(part) else 0.0
+                # Data parallelism averages gradients over ranks; they are to be added up.
+                (share * self._world.size * part_loss).backward()
+            loss += share * part_loss.detach().cpu()
+            distance += share * part_distance.cpu()
         norm = optimizer.clip()
         if not math.isfinite(norm):
             raise PrismError(
@@ -195,28 +262,55 @@ class Trainer:
         optimizer.step(lr)
         measured = None
         if metrics is not None:
+            self._world.sum(loss, distance, metrics.cross_entropy, metrics.agreement, metrics.rows)
             rows = metrics.rows.clamp(min=1)
             measured = Measurement(
-                loss=float(loss.detach()),
-                hidden=float(distance.detach()),
+                loss=float(loss),
+                hidden=float(distance),
                 cross_entropy=tuple((metrics.cross_entropy / rows).tolist()),
                 agreement=tuple((metrics.agreement / rows).tolist()),
             )
-        return UpdateReport(stage, update + 1, batch.rows, time.perf_counter() - began, lr, norm, measured)
+        seconds = time.perf_counter() - began
+        return UpdateReport(stage, update + 1, int(roots.sum()), seconds, lr, norm, measured)
 
-    def _batch(self, members: np.ndarray) -> PackedBatch:
-        return pack([self._cache.sequence(int(self._training[member])) for member in members])
+    def _parts(self, roots: np.ndarray) -> list[np.ndarray]:
+        """This rank's parts of an update, each for one forward pass."""
+        size = self._world.size
+        most = self._config.rows_per_pass
+        passes = -(-int(roots.sum()) // (size * most)) if most else 1
+        return cut(roots, size * passes)[self._world.rank :: size]
+
+    def _step_map(self, drafter: Drafter, stage: Stage, observers: list[Observer]) -> tuple[int, ...]:
+        """The step map of the drafter that `stage` trains."""
+        if stage.modules == 1 or self._config.step_map != "auto":
+            return self._config.fixed_step_map
+        if not len(self._held_back):
+            raise PrismError("--step-map auto measures on answers held back: raise --hold-back, or name the step map")
+        acceptance = self._simulate(drafter)
+        step_map = step_map_of_difficulty(acceptance.top1, stage.modules)
+        for observer in observers:
+            observer.mapped(step_map, acceptance)
+        return step_map
+
+    def _plain(self, drafter: Drafter, weights: dict[str, Tensor]) -> Drafter:
+        """`drafter` with the trained weights of an `Objective`, on this rank's device and never sharded."""
+        copy = Drafter(drafter.config, drafter.draft_vocab, len(self._embedding))
+        copy.load_state_dict({name.removeprefix("drafter."): value for name, value in weights.items()})
+        return copy.to(self._world.device)
 
     def _simulate(self, drafter: Drafter) -> SimulatedAcceptance:
-        return simulate_acceptance(drafter, self._embedding, self._head, self._held_back_batches(), self._compute)
+        head = self._head if drafter.lm_head is None else drafter.lm_head.weight
+        drafter = drafter.to(self._world.device)
+        return simulate_acceptance(drafter, self._embedding, head, self._held_back_batches(), self._compute)
 
     def _held_back_batches(self) -> Iterator[PackedBatch]:
         """Batches of at most 8 sequences, because all draft steps of a batch are held at once."""
         for first in range(0, len(self._held_back), 8):
-            yield pack([self._cache.sequence(int(index)) for index in self._held_back[first : first + 8]])
+            members = self._held_back[first : first + 8]
+            yield pack([self._cache.sequence(int(index)) for index in members]).to(self._world.device)
 
 
-def _split(cache: FeatureCache, config: TrainConfig) -> tuple[np.ndarray, np.ndarray]:
+def _split(cache: Sequences, config: TrainConfig) -> tuple[np.ndarray, np.ndarray]:
     """Indices of the sequences held back (greedy ones, chosen by the seed) and of those trained on."""
     usable = np.flatnonzero(cache.roots > 0)
     candidates = usable[cache.greedy[usable]]
@@ -230,34 +324,70 @@ def _split(cache: FeatureCache, config: TrainConfig) -> tuple[np.ndarray, np.nda
     return held_back, training
 
 
+def _check_init(init: DrafterConfig, config: TrainConfig) -> None:
+    if init.num_modules > 1:
+        raise PrismError(
+            f"the initial drafter has {init.num_modules} modules: pass one with a single module, "
+            "which the stages before tuning train"
+        )
+    is_lm = config.kind == "standard"
+    if (init.kind == "standard") != is_lm or (not is_lm and init.features != config.features):
+        raise PrismError(
+            f"the initial drafter is of kind {init.kind} with features {init.features}: pass the same --kind and "
+            "--features, or another --init"
+        )
+
+
 def _new_drafter(target: Target, config: TrainConfig, vocab: Tensor | None) -> Drafter:
-    """A randomly initialised drafter of one module in the target's shape."""
+    """A randomly initialised drafter of one module; all but a standard one have the target's width and heads."""
     shape = target.config
+    is_lm = config.kind == "standard"
+    width = config.width or shape.hidden_size
+    if width % shape.head_dim:
+        raise PrismError(
+            f"--width {width} is not a multiple of the target's head width {shape.head_dim}: choose one that is"
+        )
+    heads = shape.num_heads * width // shape.hidden_size if width == shape.hidden_size else width // shape.head_dim
+    inner = config.intermediate_size or round(shape.intermediate_size * width / shape.hidden_size / 16) * 16
+    if not config.intermediate_size and width == shape.hidden_size:
+        inner = shape.intermediate_size
+    multi = config.features == "multi"
     drafter_config = DrafterConfig(
-        hidden_size=shape.hidden_size,
-        intermediate_size=config.intermediate_size or shape.intermediate_size,
-        num_heads=shape.num_heads,
-        num_kv_heads=shape.num_kv_heads,
+        kind="standard" if is_lm else "prism",
+        hidden_size=width,
+        intermediate_size=inner,
+        num_layers=config.layers,
+        num_heads=heads,
+        num_kv_heads=max(g for g in range(1, shape.num_kv_heads + 1) if heads % g == 0),
         head_dim=shape.head_dim,
         rms_norm_eps=shape.rms_norm_eps,
         rope_theta=shape.rope_theta,
         rope_scaling=shape.rope_scaling,
         num_modules=1,
         step_map=(0,),
+        features="none" if is_lm else config.features,
+        feature_layers=multi_layers(shape.num_layers) if multi else (),
+        kv_mode=config.kv_mode,
         draft_vocab_size=None if vocab is None else len(vocab),
         target_fingerprint=target.fingerprint,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return Drafter(drafter_config, vocab)
+        return Drafter(drafter_config, vocab, shape.vocab_size)
 
 
-def _for_stage(drafter: Drafter, stage: Stage) -> Drafter:
-    """`drafter` with the number of modules that `stage` trains."""
-    if drafter.config.num_modules == stage.modules:
+def _with_modules(drafter: Drafter, modules: int, step_map: tuple[int, ...]) -> Drafter:
+    """`drafter` with `modules` copies of its one module, unless it has as many already."""
+    if drafter.config.num_modules == modules:
         return drafter
-    return copy_modules(drafter, stage.modules, tuple(range(stage.modules)))
+    return copy_modules(drafter, modules, step_map)
 
 
-def _noise_seed(seed: int, stage: int, update: int) -> int:
-    return int(np.random.SeedSequence((seed, stage, update)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+def _as_kind(drafter: Drafter, config: TrainConfig) -> Drafter:
+    """`drafter` labelled as what it was trained to be."""
+    drafter.config = DrafterConfig.model_validate(drafter.config.model_dump() | {"kind": config.kind})
+    return drafter
+
+
+def _noise_seed(seed: int, stage: int, update: int, sequence: int) -> int:
+    return int(np.random.SeedSequence((seed, stage, update, sequence)).generate_state(1, np.uint64)[0] >> np.uint64(1))

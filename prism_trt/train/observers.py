@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
+from prism_trt.config import TrainConfig
+from prism_trt.errors import PrismError
 from prism_trt.progress import Reporter
 from prism_trt.train.loop import Measurement, UpdateReport
 from prism_trt.train.simulate import SimulatedAcceptance
 from prism_trt.train.stages import Stage
 
 _SMOOTHING = 0.05
+_OVERFITTING = 0.15
+"""Difference of accuracies that is worth a warning; both are shares of right first choices."""
 
 
 class ProgressObserver:
@@ -47,6 +53,13 @@ class ProgressObserver:
             flush=True,
         )
 
+    def mapped(self, step_map: tuple[int, ...], acceptance: SimulatedAcceptance) -> None:
+        steps = ", ".join(
+            f"step {step} is right on {share:.1%}: module {module}"
+            for step, (share, module) in enumerate(zip(acceptance.top1, step_map, strict=True))
+        )
+        print(f"step map by difficulty: {steps}", file=sys.stderr, flush=True)
+
     def _line(self, report: UpdateReport) -> str:
         work = report.rows / self._rate
         later = sum(stage.updates * stage.steps for stage in self._planned[report.stage.number + 1 :])
@@ -56,6 +69,42 @@ class ProgressObserver:
             first = f"top-1 {self._measured.agreement[0]:.3f}"
             parts[1:1] = [f"loss {self._measured.loss:.4f}", f"CE {self._measured.cross_entropy[0]:.3f}", first]
         return ", ".join(parts)
+
+
+class OverfittingObserver:
+    """Says once per stage when the drafter knows its training data much better than the answers held back.
+
+    High training accuracy next to a low acceptance length is the commonest complaint about trained drafters; this is
+    its commonest cause.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._accuracy: list[float] = []
+        self._warned = ""
+
+    def started(self, planned: list[Stage], stage: int, update: int) -> None:
+        self._accuracy = []
+
+    def updated(self, report: UpdateReport) -> None:
+        if report.measured is not None:
+            self._accuracy.append(report.measured.agreement[0])
+
+    def simulated(self, stage: Stage, update: int, acceptance: SimulatedAcceptance) -> None:
+        recent, self._accuracy = self._accuracy, []
+        if not recent or self._warned == stage.name:
+            return
+        trained, held_back = sum(recent) / len(recent), acceptance.top1[0]
+        if trained - held_back > _OVERFITTING:
+            self._warned = stage.name
+            self._say(
+                f"warning: the drafter is right on {trained:.0%} of its training data but on {held_back:.0%} of the "
+                f"answers held back (simulated acceptance length {acceptance.chain:.2f}): more data, or fewer updates, "
+                "would serve it better"
+            )
+
+    def mapped(self, step_map: tuple[int, ...], acceptance: SimulatedAcceptance) -> None:
+        """Nothing to say."""
 
 
 class TensorBoardObserver:
@@ -101,6 +150,10 @@ class TensorBoardObserver:
         for k, share in enumerate(acceptance.top1):
             self._scalars(step, {f"simulated/top1/step_{k}": share})
 
+    def mapped(self, step_map: tuple[int, ...], acceptance: SimulatedAcceptance) -> None:
+        for k, module in enumerate(step_map):
+            self._scalars(self._offsets[-1], {f"step_map/step_{k}": float(module)})
+
     def close(self) -> None:
         """Flush and close the event file."""
         if self._writer is not None:
@@ -115,3 +168,19 @@ class TensorBoardObserver:
 def _clock(seconds: float) -> str:
     minutes = int(seconds) // 60
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {int(seconds) % 60:02d} s"
+
+
+@contextmanager
+def start_wandb(project: str, work: Path, logs: Path, training: TrainConfig) -> Iterator[None]:
+    """A Weights & Biases run in `work` that receives the scalars which TensorBoard writes to `logs`.
+
+    Raises:
+        PrismError: the package is not installed.
+    """
+    try:
+        import wandb
+    except ModuleNotFoundError:
+        raise PrismError("--wandb needs the package wandb: install it with pip install wandb") from None
+    wandb.tensorboard.patch(root_logdir=str(logs))
+    with wandb.init(project=project, dir=str(work), config=training.model_dump()):
+        yield

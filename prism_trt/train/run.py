@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,10 @@ import torch
 import prism_trt
 from prism_trt.config import DrafterConfig, GenerationConfig, TrainConfig
 from prism_trt.data.feature_cache import MANIFEST_FILE, FeatureCache
-from prism_trt.data.prompts import read_messages, tokenize_prompts
-from prism_trt.data.regenerate import GenerationProgress, plan_generation, regenerate
+from prism_trt.data.prompts import PromptConfig, prepare_prompts
+from prism_trt.data.regenerate import GenerationPlan, GenerationProgress, plan_generation, planned_layers, regenerate
 from prism_trt.drafter.checkpoint import load_drafter, save_drafter
+from prism_trt.drafter.features import captured_layers
 from prism_trt.engines.loading import make_engine
 from prism_trt.engines.protocol import Engine, EngineLimits
 from prism_trt.engines.torch_engine import TorchEngine
@@ -23,9 +26,11 @@ from prism_trt.errors import PrismError
 from prism_trt.manifest import sha256_file
 from prism_trt.progress import progress
 from prism_trt.target.loading import Target, load_target
-from prism_trt.train.loop import Trainer, TrainingResult
-from prism_trt.train.observers import ProgressObserver, TensorBoardObserver
+from prism_trt.train.estimate import describe_run
+from prism_trt.train.loop import Observer, Trainer, TrainingResult
+from prism_trt.train.observers import OverfittingObserver, ProgressObserver, TensorBoardObserver, start_wandb
 from prism_trt.train.stages import stages
+from prism_trt.train.world import World
 
 _TOKENS_PER_CALL = 2048
 
@@ -36,7 +41,7 @@ class RunPaths:
 
     target: Path
     data: Path | None
-    """JSONL prompts; None trains on a cache that is complete."""
+    """File of records; None trains on a cache that is complete."""
     out: Path | None
     """Drafter directory; None only generates."""
     work: Path
@@ -46,81 +51,102 @@ class RunPaths:
     """Drafter of one module to start from instead of random weights."""
 
 
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run is carried out; none of it changes the trained weights by more than rounding."""
+
+    slots: int = 64
+    """Answers generated at once."""
+    answers: int | None = None
+    """Prompts to answer; None for all."""
+    overwrite: bool = False
+    """Replace an existing drafter directory."""
+    wandb: str | None = None
+    """Weights & Biases project that gets the TensorBoard scalars as well."""
+    dry_run: bool = False
+    """Only print what the run would need."""
+
+
 def run_training(
     paths: RunPaths,
+    prompts: PromptConfig,
     generation: GenerationConfig,
     training: TrainConfig,
-    slots: int,
-    answers: int | None,
-    overwrite: bool,
+    options: RunOptions,
+    world: World,
     command: list[str],
 ) -> None:
     """Answer the prompts, train, and write the drafter; each part continues where an interrupted run stopped.
 
     Args:
-        slots: answers generated at once.
-        answers: prompts to answer; None for all.
-        overwrite: replace an existing drafter directory.
         command: the command line, recorded in the drafter.
 
     Raises:
         PrismError: for everything the user can put right.
     """
     out = paths.out
-    if out is not None and out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
+    if out is not None and out.exists() and not options.overwrite and (not out.is_dir() or any(out.iterdir())):
         raise PrismError(f"{out} already exists: choose another --out or pass --overwrite")
-    conversations = read_messages(paths.data) if paths.data is not None else None
     target = load_target(paths.target)
-    if conversations is not None:
-        _generate(target, conversations, paths, generation, slots, answers)
-    elif not (paths.cache / MANIFEST_FILE).is_file():
+    if paths.data is None and not (paths.cache / MANIFEST_FILE).is_file():
         raise PrismError(f"{paths.cache} is not a complete feature cache: pass --data to generate the answers")
+    plan = None
+    if paths.data is not None and world.first:
+        plan = _plan(target, paths, prompts, generation, training)
+    if options.dry_run:
+        cache = FeatureCache(paths.cache, target, training.features) if paths.data is None else None
+        _say(describe_run(target, plan, options.answers, cache, training, world))
+        return
+    if plan is not None:
+        _generate(plan, paths, options)
+    world.barrier()
     if out is None:
         return
 
-    cache = FeatureCache(paths.cache, target)
+    cache = FeatureCache(paths.cache, target, training.features)
     paths.work.mkdir(parents=True, exist_ok=True)
     init = load_drafter(paths.init, target) if paths.init is not None else None
-    trainer = Trainer(target, cache, training, paths.work, init)
-    board = TensorBoardObserver(paths.work / "tensorboard")
-    updates = sum(stage.updates for stage in stages(training))
-    try:
-        with progress("training", updates) as reporter:
-            result = trainer.run([ProgressObserver(reporter), board])
-    finally:
-        board.close()
+    trainer = Trainer(target, cache, training, paths.work, init, world)
+    with observers(training, paths.work, options.wandb, world) as watching:
+        result = trainer.run(watching)
+    if not world.first:
+        return
     drafter = result.drafter
-    provenance = _provenance(result, cache, paths, training, command)
+    provenance = _provenance(result, cache, paths, training, world, command)
     drafter.config = DrafterConfig.model_validate(drafter.config.model_dump() | {"provenance": provenance})
-    save_drafter(drafter.to(torch.bfloat16 if training.compute == "bfloat16" else torch.float32), out, overwrite)
+    save_drafter(
+        drafter.to(torch.bfloat16 if training.compute == "bfloat16" else torch.float32), out, options.overwrite
+    )
     _say(f"wrote {out}")
 
 
-def _generate(
-    target: Target,
-    conversations: list[list[dict[str, str]]],
-    paths: RunPaths,
-    settings: GenerationConfig,
-    slots: int,
-    answers: int | None,
-) -> None:
-    prompts = tokenize_prompts(conversations, target.tokenizer, settings.max_prompt_tokens)
-    _say(
-        f"{len(prompts.prompts)} prompts; left out: {prompts.too_long} of more than {settings.max_prompt_tokens} "
-        f"tokens, {prompts.duplicates} repeated"
-    )
-    plan = plan_generation(prompts.prompts, settings, target)
+def _plan(
+    target: Target, paths: RunPaths, prompts: PromptConfig, settings: GenerationConfig, training: TrainConfig
+) -> GenerationPlan:
+    assert paths.data is not None
+    ids, report = prepare_prompts(paths.data, target.tokenizer, settings.max_prompt_tokens, prompts)
+    for line in report.lines():
+        _say(line)
+    # Beside the cache, which holds nothing but what its manifest lists.
+    report.save(paths.cache.with_name(f"{paths.cache.name}.data.json"))
+    layers, kept = captured_layers(target.config, training.features), planned_layers(paths.cache)
+    # A cache with more features than this training needs serves it as well.
+    return plan_generation(ids, settings, target, kept if set(layers) <= set(kept) else layers)
+
+
+def _generate(plan: GenerationPlan, paths: RunPaths, options: RunOptions) -> None:
     threads = torch.get_num_threads()
 
     def open_engine() -> Engine:
-        context = max(map(len, prompts.prompts)) + settings.max_new_tokens
-        engine = make_engine(target, None, EngineLimits(slots, context, max(_TOKENS_PER_CALL, slots)), threads)
+        context = max(map(len, plan.prompts)) + plan.settings.max_new_tokens
+        limits = EngineLimits(options.slots, context, max(_TOKENS_PER_CALL, options.slots))
+        engine = make_engine(plan.target, None, limits, threads, plan.feature_layers)
         if not isinstance(engine, TorchEngine):
             # A compiled engine has threads of its own; torch's would wait for the same processors.
             torch.set_num_threads(1)
         return engine
 
-    total = len(prompts.prompts) if answers is None else min(answers, len(prompts.prompts))
+    total = len(plan.prompts) if options.answers is None else min(options.answers, len(plan.prompts))
     with progress("answering", total) as reporter:
         shown = 0
 
@@ -130,12 +156,37 @@ def _generate(
             shown = now.answered
             reporter.describe(f"answering, {now.tokens_per_second:,.0f} tokens/s")
 
-        regenerate(plan, open_engine, paths.cache, answers, _say, listen)
+        regenerate(plan, open_engine, paths.cache, options.answers, _say, listen)
     torch.set_num_threads(threads)
 
 
+@contextmanager
+def observers(training: TrainConfig, work: Path, wandb: str | None, world: World) -> Iterator[list[Observer]]:
+    """The observers of a run: progress on the terminal, TensorBoard, and W&B where asked; none past the first rank.
+
+    Raises:
+        PrismError: W&B is asked for but not installed.
+    """
+    if not world.first:
+        yield []
+        return
+    logs = work / "tensorboard"
+    tracked = start_wandb(wandb, work, logs, training) if wandb is not None else nullcontext()
+    with tracked, progress("training", sum(stage.updates for stage in stages(training))) as reporter:
+        board = TensorBoardObserver(logs)
+        try:
+            yield [ProgressObserver(reporter), OverfittingObserver(_say), board]
+        finally:
+            board.close()
+
+
 def _provenance(
-    result: TrainingResult, cache: FeatureCache, paths: RunPaths, training: TrainConfig, command: list[str]
+    result: TrainingResult,
+    cache: FeatureCache,
+    paths: RunPaths,
+    training: TrainConfig,
+    world: World,
+    command: list[str],
 ) -> dict[str, Any]:
     return {
         "command": command,
@@ -146,6 +197,8 @@ def _provenance(
         "rows": result.rows,
         "seconds": round(result.seconds, 1),
         "threads": torch.get_num_threads(),
+        "processes": world.size,
+        "device": world.device.type,
         "simulated_acceptance": None if result.acceptance is None else asdict(result.acceptance),
         "versions": {
             "prism_trt": prism_trt.__version__,

@@ -45,19 +45,20 @@ def simulate_acceptance(
 
     Args:
         embedding: [V, H] the target's embedding table.
-        head: [D, H] the target's head rows that `drafter` predicts with.
+        head: [D, h] the head rows that `drafter` predicts with.
         compute: dtype of the matrix products.
     """
+    head = head.to(compute)
     hits: list[Tensor] = []
     for batch in batches:
         usable = batch.remaining >= STEPS - 1
-        with torch.autocast("cpu", torch.bfloat16, enabled=compute == torch.bfloat16):
+        with torch.autocast(head.device.type, torch.bfloat16, enabled=compute == torch.bfloat16):
             hidden = aligned_steps(drafter, embedding, batch, STEPS)
         ranks = []
         for step, states in enumerate(hidden):
             labels = batch.next_tokens.roll(-step)[usable]
             ranks.append(_ranks(states[usable].to(head.dtype), head, _drafted(drafter, labels)))
-        hits.append(torch.stack(ranks, dim=1))
+        hits.append(torch.stack(ranks, dim=1).cpu())
     ranks_all = torch.cat(hits) if hits else torch.zeros(0, STEPS, dtype=torch.int64)
     first, four = (ranks_all < 1).double(), (ranks_all < CHOICES).double()
     count = max(1, len(ranks_all))
@@ -75,6 +76,7 @@ def _drafted(drafter: Drafter, labels: Tensor) -> Tensor:
     vocab = drafter.draft_vocab
     if vocab is None:
         return labels
+    vocab = vocab.to(labels.device)
     index = torch.searchsorted(vocab, labels).clamp(max=len(vocab) - 1)
     return torch.where(vocab[index] == labels, index, -1)
 

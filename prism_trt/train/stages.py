@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from prism_trt.config import TrainConfig
+from prism_trt.data.packing import pack_lengths
 from prism_trt.manifest import sha256_json
 
 
@@ -24,6 +26,8 @@ class Stage:
     detach: bool
     """Stop the gradient between draft steps."""
     hidden_weight: float
+    top_k_weight: float
+    """Weight of HASS's top-K loss, in units of the cross-entropy's."""
     noise: float
     modules: int
     signature: str
@@ -31,37 +35,55 @@ class Stage:
 
 
 def stages(config: TrainConfig) -> list[Stage]:
-    """The stages of `config` in order, those without updates included.
+    """The stages of `config.kind` in order, those without updates included.
 
-    one_step is EAGLE training; alignment is HASS (the gradient is stopped between steps); tuning copies the module M
-    times and lets the gradient flow through all steps (PRISM).
+    one_step is EAGLE training; alignment is HASS (the gradient is stopped between steps, and kind hass adds its top-K
+    loss); tuning copies the module M times and lets the gradient flow through all steps (PRISM).
     """
-    one_step = (config.one_step_updates, config.one_step_lr, 1, True, config.hidden_weight, config.noise, 1)
-    alignment = (
-        config.alignment_updates,
-        config.alignment_lr,
-        config.alignment_steps,
-        True,
-        config.hidden_weight,
-        0.0,
-        1,
-    )
-    tuning = (
-        *(config.tuning_updates, config.tuning_lr, config.tuning_steps),
-        *(False, config.tuning_hidden_weight, 0.0, config.modules),
-    )
-    cosmetic = {"log_every", "save_every", "simulate_every"}
-    own = {name: {field for field in TrainConfig.model_fields if field.startswith(f"{name}_")} for name in _NAMES}
-    own["tuning"].add("modules")
-    values = config.model_dump(exclude=cosmetic | set().union(*own.values()))
+    is_lm = config.kind == "standard"
+    top_k = config.alignment_top_k_weight / config.cross_entropy_weight if config.kind == "hass" else 0.0
+    options: dict[str, dict[str, Any]] = {
+        "one_step": {
+            "updates": config.one_step_updates,
+            "lr": config.one_step_lr,
+            "steps": 1,
+            "detach": True,
+            "hidden_weight": 0.0 if is_lm else config.hidden_weight,
+            "top_k_weight": 0.0,
+            "noise": 0.0 if is_lm else config.noise,
+            "modules": 1,
+        },
+        "alignment": {
+            "updates": config.alignment_updates,
+            "lr": config.alignment_lr,
+            "steps": config.alignment_steps,
+            "detach": True,
+            "hidden_weight": config.hidden_weight,
+            "top_k_weight": top_k,
+            "noise": 0.0,
+            "modules": 1,
+        },
+        "tuning": {
+            "updates": config.tuning_updates,
+            "lr": config.tuning_lr,
+            "steps": config.tuning_steps,
+            "detach": False,
+            "hidden_weight": config.tuning_hidden_weight,
+            "top_k_weight": 0.0,
+            "noise": 0.0,
+            "modules": config.modules,
+        },
+    }
+    names = {"prism": 3, "hass": 2, "eagle2": 1, "standard": 1}[config.kind]
+    own = {name: {field for field in TrainConfig.model_fields if field.startswith(f"{name}_")} for name in options}
+    own["tuning"] |= {"modules", "step_map", "kv_mode"}
+    unsigned = {"kind", "log_every", "save_every", "simulate_every", "rows_per_pass"}.union(*own.values())
+    values: dict[str, Any] = config.model_dump(exclude=unsigned) | {"is_lm": is_lm}
     result = []
-    for number, (name, options) in enumerate(zip(_NAMES, (one_step, alignment, tuning), strict=True)):
-        values |= config.model_dump(include=own[name])
-        result.append(Stage(name, number, *options, signature=sha256_json(values)))
+    for number, (name, fields) in enumerate(list(options.items())[:names]):
+        values |= config.model_dump(include=own[name]) | {"top_k_weight": fields["top_k_weight"]}
+        result.append(Stage(name=name, number=number, signature=sha256_json(values), **fields))
     return result
-
-
-_NAMES = ("one_step", "alignment", "tuning")
 
 
 def learning_rate(update: int, stage: Stage, config: TrainConfig) -> float:
@@ -76,27 +98,42 @@ def learning_rate(update: int, stage: Stage, config: TrainConfig) -> float:
 class DataOrder:
     """Which sequences each update of a stage trains on: a pure function of (seed, stage, update).
 
-    Every epoch is a new permutation of all sequences, cut into packs of nearly equal numbers of rows.
+    Every epoch packs all sequences anew into updates of at most the wanted rows; a longer sequence has one of its own.
     """
 
     def __init__(self, roots: np.ndarray, rows_per_update: int, seed: int, stage: int) -> None:
         """`roots` [n] int: rows of each sequence that carry a loss."""
+        self._fitting = np.flatnonzero(roots <= rows_per_update)
+        self._long = np.flatnonzero(roots > rows_per_update)
         self._roots = roots
-        self._packs = max(1, round(int(roots.sum()) / rows_per_update))
+        self._rows = rows_per_update
         self._seed = (seed, stage)
-        self._epoch: tuple[int, list[np.ndarray]] = (-1, [])
+        self._epoch, self._first = 0, 0
+        self._packs = self._pack(0)
 
     def at(self, update: int) -> np.ndarray:
         """Indices of the sequences of one update."""
-        epoch, position = divmod(update, self._packs)
-        if self._epoch[0] != epoch:
-            order = np.random.default_rng((*self._seed, epoch)).permutation(len(self._roots))
-            before = np.cumsum(self._roots[order]) - self._roots[order]
-            pack = before * self._packs // max(1, int(self._roots.sum()))
-            # A sequence longer than a pack may leave the next ones empty: cut by number of sequences then.
-            packs = [order[pack == number] for number in range(self._packs)]
-            if any(len(members) == 0 for members in packs):
-                packs = np.array_split(order, min(self._packs, len(order)))
-            self._epoch = (epoch, packs)
-        packs = self._epoch[1]
-        return packs[position % len(packs)]
+        if update < self._first:
+            self._epoch, self._first = 0, 0
+            self._packs = self._pack(0)
+        while update >= self._first + len(self._packs):
+            self._epoch, self._first = self._epoch + 1, self._first + len(self._packs)
+            self._packs = self._pack(self._epoch)
+        return self._packs[update - self._first]
+
+    def _pack(self, epoch: int) -> list[np.ndarray]:
+        seed = (*self._seed, epoch)
+        packs = [self._fitting[pack] for pack in pack_lengths(self._roots[self._fitting], self._rows, seed)]
+        packs += [self._long[i : i + 1] for i in range(len(self._long))]
+        return [packs[i] for i in np.random.default_rng(seed).permutation(len(packs))] if len(self._long) else packs
+
+
+def cut(roots: np.ndarray, parts: int) -> list[np.ndarray]:
+    """Positions of the sequences of an update in each of `parts` parts of nearly equal rows, some perhaps empty.
+
+    Args:
+        roots: [n] rows of the update's sequences.
+    """
+    before = np.cumsum(roots) - roots
+    part = (before + roots / 2) * parts // max(1, int(roots.sum()))
+    return [np.flatnonzero(part == number) for number in range(parts)]

@@ -16,6 +16,7 @@ from prism_trt.data import regenerate as regenerate_module
 from prism_trt.data.feature_cache import MANIFEST_FILE, FeatureCache, shard_path, write_shard
 from prism_trt.data.regenerate import GenerationPlan, GenerationProgress, plan_generation, regenerate
 from prism_trt.data.sequences import FeatureSequence
+from prism_trt.drafter.features import captured_layers
 from prism_trt.engines.torch_engine import TorchEngine
 from prism_trt.errors import PrismError
 from prism_trt.target.loading import Target
@@ -35,7 +36,7 @@ def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make_plan(target: Target, count: int = 20, **changes: float) -> GenerationPlan:
     settings = GenerationConfig.model_validate(GENERATION.model_dump() | changes)
-    return plan_generation(random_prompts(count), settings, target)
+    return plan_generation(random_prompts(count), settings, target, captured_layers(target.config, "last"))
 
 
 def shard_bytes(directory: Path) -> dict[str, bytes]:

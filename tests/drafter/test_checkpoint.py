@@ -9,14 +9,14 @@ from safetensors.torch import load_file, save_file
 
 from prism_trt.drafter.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_drafter, save_drafter, weights_sha256
 from prism_trt.errors import PrismError
-from tests.tiny import tiny_drafter, tiny_target
+from tests.tiny import DRAFTERS, tiny_drafter, tiny_target
 
 
 @pytest.mark.parametrize("vocab", [None, 100])
-@pytest.mark.parametrize("bias", [False, True])
-def test_round_trip(vocab: int | None, bias: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shape", DRAFTERS)
+def test_round_trip(vocab: int | None, shape: str, tmp_path: Path) -> None:
     target = tiny_target()
-    drafter = tiny_drafter(target, modules=3, draft_vocab_size=vocab, fc_bias=bias, provenance={"seed": 3})
+    drafter = tiny_drafter(target, draft_vocab_size=vocab, provenance={"seed": 3}, **DRAFTERS[shape])
     save_drafter(drafter, tmp_path / "drafter")
     loaded = load_drafter(tmp_path / "drafter", target)
     assert loaded.config == drafter.config

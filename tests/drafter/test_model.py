@@ -24,7 +24,7 @@ def reference(module: ProcessingModule, embeds: torch.Tensor, hidden: torch.Tens
         return torch.cat((turned.real, turned.imag), -1)
 
     q, k, v = (
-        (x @ weights[f"layer.self_attn.{name}_proj.weight"].T).view(length, -1, width) for name in ("q", "k", "v")
+        (x @ weights[f"layers.0.self_attn.{name}_proj.weight"].T).view(length, -1, width) for name in ("q", "k", "v")
     )
     q, k = rotated(q), rotated(k)
     attended = []
@@ -33,10 +33,10 @@ def reference(module: ProcessingModule, embeds: torch.Tensor, hidden: torch.Tens
         scores = q[:, head] @ k[:, group].T / width**0.5
         scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), float("-inf"))
         attended.append(scores.softmax(-1) @ v[:, group])
-    x = x + torch.cat(attended, -1) @ weights["layer.self_attn.o_proj.weight"].T
-    normed = x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weights["layer.post_attention_layernorm.weight"]
-    gate, up = (normed @ weights[f"layer.mlp.{name}_proj.weight"].T for name in ("gate", "up"))
-    return x + (gate * gate.sigmoid() * up) @ weights["layer.mlp.down_proj.weight"].T
+    x = x + torch.cat(attended, -1) @ weights["layers.0.self_attn.o_proj.weight"].T
+    normed = x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weights["layers.0.post_attention_layernorm.weight"]
+    gate, up = (normed @ weights[f"layers.0.mlp.{name}_proj.weight"].T for name in ("gate", "up"))
+    return x + (gate * gate.sigmoid() * up) @ weights["layers.0.mlp.down_proj.weight"].T
 
 
 def test_a_module_computes_what_the_paper_says() -> None:
@@ -46,10 +46,11 @@ def test_a_module_computes_what_the_paper_says() -> None:
     embeds, hidden = torch.randn(7, 64, generator=generator), torch.randn(7, 64, generator=generator)
     positions = torch.arange(7)
     x = module.fuse(embeds, hidden)
-    q, k, v = module.qkv(x, positions)
+    (layer,) = module.stack
+    q, (k, v) = layer.query(x, positions), layer.key_value(x, positions)
     q, k, v = (rows.transpose(0, 1)[None] for rows in (q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)))
     attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-    found = module.finish(x, attended[0].transpose(0, 1).flatten(1))
+    found = layer.finish(x, attended[0].transpose(0, 1).flatten(1))
     torch.testing.assert_close(found, reference(module, embeds, hidden), rtol=1e-4, atol=1e-4)
 
 
@@ -92,7 +93,7 @@ def test_the_head_is_restricted_to_the_draft_vocabulary() -> None:
 
 def test_rotary_angles_stay_float32_in_a_bfloat16_drafter() -> None:
     drafter = tiny_drafter(tiny_target()).bfloat16()
-    assert drafter.module(0).frequencies.dtype == torch.float32
+    assert drafter.module(0).layers[0].frequencies.dtype == torch.float32
 
 
 def test_a_vocabulary_of_another_size_than_the_config_is_refused() -> None:

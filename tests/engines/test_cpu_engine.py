@@ -9,17 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from prism_trt.config import TreeShape
 from prism_trt.engines.cpu.engine import CpuEngine
-from prism_trt.engines.cpu.files import WEIGHTS, open_files, open_temporary, write_files
-from prism_trt.engines.cpu.library import ISAS, Isa, cpu_flags, find_compiler
+from prism_trt.engines.cpu.files import DRAFT_VOCAB, LIBRARY, WEIGHTS, open_files, open_temporary, write_files
+from prism_trt.engines.cpu.library import ISAS, Isa, compile_library, cpu_flags, find_compiler
+from prism_trt.engines.cpu.packing import packed_tensors, write_weights
 from prism_trt.engines.protocol import DraftOutput, EngineLimits, TargetOutput, TokenBatch
 from prism_trt.engines.torch_engine import TorchEngine
 from prism_trt.errors import PrismError
 from prism_trt.speculative.tree import grow_tree
 from prism_trt.speculative.verify import verify_greedy
-from tests.tiny import tiny_drafter, tiny_target
+from tests.tiny import DRAFTERS, tiny_drafter, tiny_target
 
 LIMITS = EngineLimits(slots=4, context=160, tokens_per_call=64)
 RUNNABLE = [isa for isa in ISAS if isa.cpu_flags <= cpu_flags()]
@@ -31,6 +33,13 @@ def open_engine(isa: Isa = RUNNABLE[0], threads: int = 2, qkv_bias: bool = False
     assert compiler is not None, "the tests of the compiled engine need g++"
     target = tiny_target(seed=3, qkv_bias=qkv_bias)
     return open_temporary(target, tiny_drafter(target, seed=4), LIMITS, threads, isa, compiler)
+
+
+@pytest.fixture(scope="module")
+def compiled_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("library") / LIBRARY
+    compile_library(path, RUNNABLE[0], find_compiler() or "g++")
+    return path
 
 
 @pytest.fixture(scope="module", params=RUNNABLE, ids=lambda isa: isa.name)
@@ -85,13 +94,21 @@ def test_agrees_with_torch(qkv_bias: bool) -> None:
     assert torch.equal(actual.greedy, actual.logits.argmax(-1))
 
 
-def test_drafter_agrees_with_torch() -> None:
+@pytest.mark.parametrize("shape", DRAFTERS)
+def test_drafter_agrees_with_torch(shape: str, compiled_library: Path, tmp_path: Path) -> None:
     target = tiny_target(seed=3)
-    drafter = tiny_drafter(target, seed=4)
+    drafter = tiny_drafter(target, seed=4, **DRAFTERS[shape])
     reference = TorchEngine(target, drafter, LIMITS, torch.device("cpu"), torch.float32)
-    compiled = open_engine()
+    (tmp_path / LIBRARY).symlink_to(compiled_library)
+    write_weights(tmp_path / WEIGHTS, packed_tensors(target, drafter, LIMITS.context))
+    assert drafter.draft_vocab is not None
+    save_file({"draft_vocab": drafter.draft_vocab}, tmp_path / DRAFT_VOCAB)
+    compiled = open_files(tmp_path, target.config, drafter.config, LIMITS, threads=2)
+    assert compiled.feature_size == reference.feature_size
     tokens = random_tokens(12, 2, target.config.vocab_size)
-    features = torch.randn(1, 12, compiled.hidden_size).bfloat16()
+    expected, actual = (e.forward(row_batch(tokens), "none").features for e in (reference, compiled))
+    assert_close_in_norm(actual, expected)
+    features = torch.randn(1, 12, compiled.feature_size).bfloat16()
     expected, actual = (e.extend(row_batch(tokens), features) for e in (reference, compiled))
     assert_close_in_norm(actual.logits, expected.logits)
     mask = torch.eye(3, dtype=torch.bool).view(1, 3, 3)

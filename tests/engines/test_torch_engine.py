@@ -127,15 +127,17 @@ def recompute(target: Target, drafter: Drafter, tokens: Tensor, features: Tensor
     keys, values, logits = [], [], []
     for k in range(steps):
         module = drafter.module(k)
+        (layer,) = module.stack
         count = words.shape[1]
         first = 0 if k == 0 else committed + k - 1
         x = module.fuse(target.model.model.embed_tokens(words), hidden)
-        q, key, value = module.qkv(x, torch.arange(first, first + count)[None])
+        positions = torch.arange(first, first + count)[None]
+        q, (key, value) = layer.query(x, positions), layer.key_value(x, positions)
         keys.append(key)
         values.append(value)
         all_keys, all_values = (torch.cat(parts, 1).transpose(1, 2) for parts in (keys, values))
         mask = torch.ones(count, all_keys.shape[2], dtype=torch.bool).tril(first)[None, None]
-        hidden = module.finish(x, attend(q, all_keys, all_values, mask))[:, -1:]
+        hidden = layer.finish(x, attend(q, all_keys, all_values, mask))[:, -1:]
         logits.append(hidden @ drafter.head_rows(target.model.head_weight).T)
         words = given(drafter.draft_vocab)[logits[-1].argmax(-1)]
     return logits

@@ -8,6 +8,7 @@ import torch
 
 from prism_trt.config import GenerationConfig, TrainConfig
 from prism_trt.data.regenerate import plan_generation, regenerate
+from prism_trt.drafter.features import captured_layers
 from prism_trt.engines.protocol import EngineLimits
 from prism_trt.engines.torch_engine import TorchEngine
 from prism_trt.target.loading import Target, save_hf
@@ -22,16 +23,17 @@ def random_prompts(count: int, seed: int = 0) -> list[list[int]]:
     return [torch.randint(3, 320, (length,), generator=generator).tolist() for length in lengths]
 
 
-def torch_engine(target: Target, slots: int = 8) -> TorchEngine:
-    return TorchEngine(target, None, EngineLimits(slots, context=64, tokens_per_call=64), torch.device("cpu"))
+def torch_engine(target: Target, slots: int = 8, feature_layers: tuple[int, ...] | None = None) -> TorchEngine:
+    limits = EngineLimits(slots, context=64, tokens_per_call=64)
+    return TorchEngine(target, None, limits, torch.device("cpu"), feature_layers=feature_layers)
 
 
 def write_target_and_cache(directory: Path, prompts: int = 40) -> Target:
     """Write `directory`/target and `directory`/cache."""
     target = tiny_target()
     save_hf(target, directory / "target")
-    plan = plan_generation(random_prompts(prompts), GENERATION, target)
-    regenerate(plan, lambda: torch_engine(target), directory / "cache")
+    plan = plan_generation(random_prompts(prompts), GENERATION, target, captured_layers(target.config, "multi"))
+    regenerate(plan, lambda: torch_engine(target, feature_layers=plan.feature_layers), directory / "cache")
     return target
 
 

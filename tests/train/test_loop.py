@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from prism_trt.data.feature_cache import FeatureCache
+from prism_trt.drafter.checkpoint import load_drafter, save_drafter, weights_sha256
 from prism_trt.drafter.model import Drafter
 from prism_trt.errors import PrismError
 from prism_trt.train.checkpoints import LATEST
@@ -25,6 +26,7 @@ class Recorder:
         self.start: tuple[int, int] | None = None
         self.updates: list[UpdateReport] = []
         self.simulations: list[tuple[str, int, SimulatedAcceptance]] = []
+        self.maps: list[tuple[int, ...]] = []
 
     def started(self, planned: list[Stage], stage: int, update: int) -> None:
         self.start = (stage, update)
@@ -37,13 +39,16 @@ class Recorder:
     def simulated(self, stage: Stage, update: int, acceptance: SimulatedAcceptance) -> None:
         self.simulations.append((stage.name, update, acceptance))
 
+    def mapped(self, step_map: tuple[int, ...], acceptance: SimulatedAcceptance) -> None:
+        self.maps.append(step_map)
+
 
 def run(
     data: Path, work: Path, recorder: Recorder | None = None, init: Drafter | None = None, **changes: object
 ) -> TrainingResult:
     work.mkdir(exist_ok=True)
-    target = tiny_target()
-    trainer = Trainer(target, FeatureCache(data / "cache", target), small_training(**changes), work, init)
+    target, config = tiny_target(), small_training(**changes)
+    trainer = Trainer(target, FeatureCache(data / "cache", target, config.features), config, work, init)
     return trainer.run([recorder or Recorder()])
 
 
@@ -125,7 +130,7 @@ def test_a_diverging_run_stops_and_keeps_its_checkpoint(trained_on: Path, tmp_pa
         run(trained_on, tmp_path / "work", recorder, one_step_lr=1e30, one_step_updates=20, save_every=1)
     kept = torch.load(tmp_path / "work" / LATEST, weights_only=True)
     assert kept["update"] <= len(recorder.updates)
-    assert all(bool(torch.isfinite(value).all()) for value in kept["drafter"].values())
+    assert all(bool(torch.isfinite(value).all()) for value in kept["weights"].values())
 
 
 def test_an_initial_drafter_is_where_training_starts(trained_on: Path, tmp_path: Path) -> None:
@@ -145,3 +150,49 @@ def test_nothing_left_to_train_on_is_refused(trained_on: Path, tmp_path: Path) -
     cache.greedy = np.ones(len(cache), dtype=bool)
     with pytest.raises(PrismError, match="lower --hold-back"):
         Trainer(target, cache, small_training(hold_back=1000), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"kind": "eagle2"}, {"kind": "eagle2", "step_map": (0,), "features": "last"}),
+        ({"kind": "hass", "layers": 2}, {"kind": "hass", "step_map": (0,), "num_layers": 2}),
+        ({"kind": "standard", "layers": 2, "width": 32}, {"kind": "standard", "features": "none", "hidden_size": 32}),
+        ({"features": "multi"}, {"kind": "prism", "features": "multi", "feature_layers": (0, 1, 1)}),
+        ({"kv_mode": "current", "step_map": "0,1,0"}, {"kv_mode": "current", "step_map": (0, 1, 0)}),
+    ],
+)
+def test_every_kind_trains_and_learns(
+    trained_on: Path, tmp_path: Path, changes: dict[str, object], expected: dict[str, object]
+) -> None:
+    recorder = Recorder()
+    updates = {"one_step_updates": 30, "alignment_updates": 6, "tuning_updates": 6, "log_every": 1}
+    drafter = run(trained_on, tmp_path / "work", recorder, **updates, **changes).drafter
+    config = drafter.config.model_dump()
+    assert {name: config[name] for name in expected} == expected
+    entropy = [r.measured.cross_entropy[0] for r in recorder.updates if r.measured and r.stage.name == "one_step"]
+    assert sum(entropy[-5:]) < 0.97 * sum(entropy[:5])
+    save_drafter(drafter, tmp_path / "drafter")
+    assert weights_sha256(load_drafter(tmp_path / "drafter", tiny_target())) == weights_sha256(drafter)
+
+
+def test_the_measured_step_map_is_kept_when_the_run_is_interrupted(trained_on: Path, tmp_path: Path) -> None:
+    options = {"step_map": "auto", "modules": 3}
+    whole = Recorder()
+    result = run(trained_on, tmp_path / "whole", whole, **options)
+    assert whole.maps == [result.drafter.config.step_map]
+    assert set(result.drafter.config.step_map) == {0, 1, 2}
+    cut, rest = Recorder(stop_at=("tuning", 3)), Recorder()
+    with pytest.raises(KeyboardInterrupt):
+        run(trained_on, tmp_path / "cut", cut, **options)
+    continued = run(trained_on, tmp_path / "cut", rest, **options)
+    assert rest.maps == []
+    assert continued.drafter.config.step_map == result.drafter.config.step_map
+    assert same_weights(continued.drafter, result.drafter)
+
+
+def test_updates_in_several_passes_give_the_same_drafter(trained_on: Path, tmp_path: Path) -> None:
+    whole = run(trained_on, tmp_path / "whole")
+    parts = run(trained_on, tmp_path / "parts", rows_per_pass=50)
+    for name, value in whole.drafter.state_dict().items():
+        torch.testing.assert_close(parts.drafter.state_dict()[name], value, rtol=1e-3, atol=2e-4)

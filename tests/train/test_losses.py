@@ -89,3 +89,53 @@ def test_hidden_loss_equals_the_plain_formula() -> None:
         teacher = torch.stack([batch.teacher_features[i + step] for i in rows])
         expected = expected + functional.smooth_l1_loss(states[rows], teacher)
     torch.testing.assert_close(hidden_loss(hidden, batch), expected)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_top_k_loss_and_own_head_equal_autograd(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "TOP_K", 4)
+    batch = make_batch()
+    generator = torch.Generator().manual_seed(2)
+    head = torch.randn(VOCAB, WIDTH, generator=generator)
+    own = torch.randn(VOCAB, 4, generator=generator).requires_grad_()
+    hidden = [torch.randn(batch.rows, 4, generator=generator).requires_grad_() for _ in range(steps)]
+    (0.7 * soft_cross_entropy(hidden, batch, head, None, 2.5, own)).backward()
+    found = [own.grad, *(states.grad for states in hidden)]
+
+    own.grad = None
+    expected_hidden = [states.detach().clone().requires_grad_() for states in hidden]
+    total = torch.zeros(())
+    for step, states in enumerate(expected_hidden):
+        rows = [i for i in range(batch.rows) if int(batch.remaining[i]) >= step]
+        p = (torch.stack([batch.teacher_features[i + step] for i in rows]) @ head.T).softmax(-1)
+        log_q = (states[rows] @ own.T).log_softmax(-1)
+        top, indices = p.topk(4, -1)
+        total = total - (p * log_q).sum(-1).mean() - 2.5 * (top * log_q.gather(1, indices)).sum(-1).mean()
+    (0.7 * total).backward()
+    expected = [own.grad, *(states.grad for states in expected_hidden)]
+    for a, b in zip(found, expected, strict=True):
+        assert a is not None and b is not None
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_parts_of_an_update_add_up() -> None:
+    """Losses and gradients of an update do not depend on the parts it is cut into."""
+    generator = torch.Generator().manual_seed(3)
+    sequences = [
+        FeatureSequence(torch.randint(0, VOCAB, (n,), generator=generator), torch.randn(n - 1, WIDTH), 2, True)
+        for n in (9, 6, 14)
+    ]
+    head = torch.randn(VOCAB, WIDTH, generator=generator)
+    weight = torch.randn(WIDTH, WIDTH, generator=generator).requires_grad_()
+
+    def gradient(parts: list[list[FeatureSequence]]) -> Tensor:
+        weight.grad = None
+        roots = [sequence.roots for part in parts for sequence in part]
+        for part in parts:
+            batch = pack(part, roots)
+            hidden = [(batch.root_features + step) @ weight for step in range(3)]
+            (hidden_loss(hidden, batch) + soft_cross_entropy(hidden, batch, head)).backward()
+        assert weight.grad is not None
+        return weight.grad
+
+    torch.testing.assert_close(gradient([sequences[:1], sequences[1:]]), gradient([sequences]), rtol=1e-5, atol=1e-6)

@@ -17,17 +17,18 @@ from prism_trt.target.loading import Target
 from prism_trt.train.alignment import aligned_steps
 from prism_trt.train.batch import PackedBatch, pack
 from prism_trt.train.simulate import simulate_acceptance
-from tests.tiny import tiny_drafter, tiny_target
+from tests.tiny import DRAFTERS, tiny_drafter, tiny_target
 
 STEPS = 4
 LIMITS = EngineLimits(slots=4, context=128, tokens_per_call=256)
 
 
-def true_sequence(target: Target, tokens: list[int], prompt: int) -> FeatureSequence:
+def true_sequence(target: Target, tokens: list[int], prompt: int, layers: tuple[int, ...] = ()) -> FeatureSequence:
     ids = torch.tensor(tokens)
     with torch.inference_mode():
-        features = target.model.forward_sequence(ids[None, :-1])[0]
-    return FeatureSequence(ids, features.clone(), prompt, True)
+        final = target.model.forward_sequence(ids[None, :-1])[0].clone()
+        features = target.model.forward_sequence(ids[None, :-1], layers)[0].clone()
+    return FeatureSequence(ids, features, prompt, True, final if layers else None)
 
 
 def call(tokens: list[int], position: int, length: int, offset: int | None = None) -> TokenBatch:
@@ -58,17 +59,18 @@ def served_steps(engine: TorchEngine, sequence: FeatureSequence, root: int) -> l
 
 
 def assert_near(found: Tensor, expected: Tensor) -> None:
-    """Equal but for float32 rounding, relative to the largest entry."""
-    assert float((found - expected).abs().max()) < 2e-6 * float(expected.abs().max())
+    """Equal but for float32 rounding (of sums over large residual streams), relative to the largest entry."""
+    assert float((found - expected).abs().max()) < 3e-5 * float(expected.abs().max())
 
 
-@pytest.mark.parametrize("modules", [1, 2, 3])
-def test_training_and_serving_give_the_same_logits(modules: int) -> None:
+@pytest.mark.parametrize("shape", DRAFTERS)
+def test_training_and_serving_give_the_same_logits(shape: str) -> None:
     target = tiny_target(seed=3)
-    drafter = tiny_drafter(target, modules=modules)
+    drafter = tiny_drafter(target, **DRAFTERS[shape])
+    layers = drafter.config.feature_layers
     generator = torch.Generator().manual_seed(4)
     sequences = [
-        true_sequence(target, torch.randint(3, 320, (length,), generator=generator).tolist(), prompt)
+        true_sequence(target, torch.randint(3, 320, (length,), generator=generator).tolist(), prompt, layers)
         for length, prompt in ((17, 6), (9, 1), (30, 20))
     ]
     batch = pack(sequences)

@@ -25,9 +25,19 @@ class CpuEngine:
     default_tree = TreeShape()
 
     def __init__(
-        self, library: Path, weights: Path, dims: Dims, step_map: Sequence[int], draft_vocab: Tensor | None
+        self,
+        library: Path,
+        weights: Path,
+        dims: Dims,
+        step_map: Sequence[int],
+        feature_layers: Sequence[int],
+        draft_vocab: Tensor | None,
     ) -> None:
-        """Load the compiled `library` with `weights`; `draft_vocab` [D] int64 maps draft ids to target ids.
+        """Load the compiled `library` with `weights`.
+
+        Args:
+            feature_layers: numbers of the hidden states given as features (see `prism_trt.drafter.features`).
+            draft_vocab: [D] int64, maps draft ids to target ids.
 
         Raises:
             PrismError: the library or the weights do not load.
@@ -36,10 +46,11 @@ class CpuEngine:
         self.has_drafter = dims.modules > 0
         self.limits = EngineLimits(slots=dims.slots, context=dims.context, tokens_per_call=dims.tokens)
         self.vocab_size = dims.vocab
-        self.hidden_size = self.feature_size = dims.hidden
+        self.feature_size = len(feature_layers) * dims.hidden
+        self.hidden_size = dims.draft_hidden or dims.hidden
         self._draft_size = dims.draft_vocab
         identity = range(dims.draft_vocab) if draft_vocab is None else draft_vocab.tolist()
-        self._library = Library(library, dims, step_map, identity, weights)
+        self._library = Library(library, dims, step_map, feature_layers, identity, weights)
         self.isa = self._library.isa
         self.threads = dims.threads
         self._logits = torch.empty(0)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import load_file, save_file
 
+from prism_trt.drafter.features import fed_layers
 from prism_trt.engines.cpu.engine import CpuEngine
 from prism_trt.engines.cpu.library import Dims, Isa, best_isa, compile_library, cpu_flags, find_compiler
 from prism_trt.engines.cpu.packing import packed_tensors, write_weights
@@ -61,12 +62,16 @@ def dims(target: TargetConfig, drafter: DrafterConfig | None, limits: EngineLimi
     )
     if drafter is not None:
         sizes.modules = drafter.num_modules
+        sizes.draft_hidden = drafter.hidden_size
+        sizes.draft_layers = drafter.num_layers
         sizes.draft_vocab = drafter.draft_vocab_size or target.vocab_size
         sizes.draft_intermediate = drafter.intermediate_size
         sizes.draft_heads = drafter.num_heads
         sizes.draft_kv_heads = drafter.num_kv_heads
         sizes.draft_head_dim = drafter.head_dim
-        sizes.draft_bias = int(drafter.fc_bias)
+        sizes.draft_is_lm = int(drafter.kind == "standard")
+        sizes.draft_bias = int(drafter.fc_bias and drafter.kind != "standard")
+        sizes.draft_fusion = int(drafter.features == "multi")
         sizes.draft_rms_eps = drafter.rms_norm_eps
     return sizes
 
@@ -86,9 +91,17 @@ def write_files(
 
 
 def open_files(
-    directory: Path, target: TargetConfig, drafter: DrafterConfig | None, limits: EngineLimits, threads: int
+    directory: Path,
+    target: TargetConfig,
+    drafter: DrafterConfig | None,
+    limits: EngineLimits,
+    threads: int,
+    feature_layers: tuple[int, ...] | None = None,
 ) -> CpuEngine:
     """Load what `write_files` wrote.
+
+    Args:
+        feature_layers: numbers of the hidden states to give as features; None for those the drafter is fed.
 
     Raises:
         PrismError: the files do not fit the sizes.
@@ -98,14 +111,22 @@ def open_files(
         draft_vocab = load_file(directory / DRAFT_VOCAB)["draft_vocab"].long()
     step_map = drafter.step_map if drafter is not None else ()
     sizes = dims(target, drafter, limits, threads)
-    return CpuEngine(directory / LIBRARY, directory / WEIGHTS, sizes, step_map, draft_vocab)
+    features = feature_layers or fed_layers(target, drafter)
+    return CpuEngine(directory / LIBRARY, directory / WEIGHTS, sizes, step_map, features, draft_vocab)
 
 
 def open_temporary(
-    target: Target, drafter: Drafter | None, limits: EngineLimits, threads: int, isa: Isa, compiler: str
+    target: Target,
+    drafter: Drafter | None,
+    limits: EngineLimits,
+    threads: int,
+    isa: Isa,
+    compiler: str,
+    feature_layers: tuple[int, ...] | None = None,
 ) -> CpuEngine:
     """Write the files to a temporary directory, load them, and remove them."""
     with tempfile.TemporaryDirectory(prefix="prism_trt_engine_") as name:
         directory = Path(name)
         write_files(directory, target, drafter, limits.context, isa, compiler)
-        return open_files(directory, target.config, drafter.config if drafter else None, limits, threads)
+        config = drafter.config if drafter else None
+        return open_files(directory, target.config, config, limits, threads, feature_layers)

@@ -86,12 +86,10 @@ class Dims(Structure):
 
     _fields_ = [
         *((name, c_int32) for name in ("vocab", "hidden", "intermediate", "layers", "heads", "kv_heads", "head_dim")),
-        ("qkv_bias", c_int32),
-        *(
-            (name, c_int32)
-            for name in ("modules", "draft_vocab", "draft_intermediate", "draft_heads", "draft_kv_heads")
-        ),
-        *((name, c_int32) for name in ("draft_head_dim", "draft_bias", "context", "slots", "tokens", "threads")),
+        *((name, c_int32) for name in ("qkv_bias", "modules", "draft_hidden", "draft_layers", "draft_vocab")),
+        *((name, c_int32) for name in ("draft_intermediate", "draft_heads", "draft_kv_heads", "draft_head_dim")),
+        *((name, c_int32) for name in ("draft_bias", "draft_fusion", "draft_is_lm")),
+        *((name, c_int32) for name in ("context", "slots", "tokens", "threads")),
         ("rms_eps", c_float),
         ("draft_rms_eps", c_float),
     ]
@@ -104,7 +102,13 @@ class Library:
     """The C functions of one engine. Calls release the interpreter lock while they compute."""
 
     def __init__(
-        self, path: Path, dims: Dims, step_map: Sequence[int], draft_vocab: Sequence[int], weights: Path
+        self,
+        path: Path,
+        dims: Dims,
+        step_map: Sequence[int],
+        feature_layers: Sequence[int],
+        draft_vocab: Sequence[int],
+        weights: Path,
     ) -> None:
         """Load `path` and the packed `weights`.
 
@@ -121,6 +125,8 @@ class Library:
             ctypes.byref(dims),
             (c_int32 * len(step_map))(*step_map),
             len(step_map),
+            (c_int32 * len(feature_layers))(*feature_layers),
+            len(feature_layers),
             (c_int64 * len(draft_vocab))(*draft_vocab),
             str(weights).encode(),
         )
@@ -131,7 +137,16 @@ class Library:
         lib = self._lib
         lib.prism_error.restype = lib.prism_isa.restype = c_char_p
         lib.prism_open.restype = c_void_p
-        lib.prism_open.argtypes = [POINTER(Dims), POINTER(c_int32), c_int, POINTER(c_int64), c_char_p]
+        open_arguments: list[Any] = [
+            POINTER(Dims),
+            POINTER(c_int32),
+            c_int,
+            POINTER(c_int32),
+            c_int,
+            POINTER(c_int64),
+            c_char_p,
+        ]
+        lib.prism_open.argtypes = open_arguments
         lib.prism_close.restype = None
         lib.prism_close.argtypes = [c_void_p]
         lib.prism_forward.argtypes = [*_BATCH, c_int, c_void_p, c_void_p, c_void_p]

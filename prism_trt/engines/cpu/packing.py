@@ -58,13 +58,22 @@ def packed_tensors(target: Target, drafter: Drafter | None, context: int) -> Ite
         return
     draft_state = drafter.state_dict()
     yield torch.cat(rope_tables(drafter.config, context), dim=-1).float()
+    is_lm = drafter.config.kind == "standard"
+    if is_lm:
+        yield draft_state["embed_tokens.weight"].to(torch.bfloat16)
+    if drafter.fusion is not None:
+        yield pack_matrix(draft_state["fusion.weight"])
     for module in range(drafter.config.num_modules):
         prefix = f"modules_.{module}"
-        yield pack_matrix(draft_state[f"{prefix}.fc.weight"])
-        if drafter.config.fc_bias:
+        if not is_lm:
+            yield pack_matrix(draft_state[f"{prefix}.fc.weight"])
+        if drafter.config.fc_bias and not is_lm:
             yield draft_state[f"{prefix}.fc.bias"].float()
-        yield from _block(draft_state, f"{prefix}.layer", input_norm=False, bias=False)
-    yield pack_matrix(head if drafter.draft_vocab is None else head[drafter.draft_vocab])
+        for layer in range(drafter.config.num_layers):
+            yield from _block(draft_state, f"{prefix}.layers.{layer}", input_norm=is_lm or layer > 0, bias=False)
+        if is_lm:
+            yield draft_state[f"{prefix}.norm.weight"].float()
+    yield pack_matrix(drafter.head_rows(head))
 
 
 def write_weights(path: Path, tensors: Iterator[Tensor]) -> None:

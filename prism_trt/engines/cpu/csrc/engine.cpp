@@ -95,10 +95,12 @@ Engine::Mapping Engine::allocate(size_t bytes) {
     return {reinterpret_cast<char*>(aligned), bytes};
 }
 
-Engine::Engine(const Dims& d, const int32_t* step_map, int steps, const int64_t* draft_vocab, const char* path)
+Engine::Engine(const Dims& d, const int32_t* step_map, int steps, const int32_t* feature_layers, int features,
+               const int64_t* draft_vocab, const char* path)
     : dims(d), sizes_{d.hidden, d.intermediate, d.heads, d.kv_heads, d.head_dim, d.rms_eps},
-      draft_sizes_{d.hidden, d.draft_intermediate, d.draft_heads, d.draft_kv_heads, d.draft_head_dim, d.draft_rms_eps},
-      step_map_(step_map, step_map + steps), draft_vocab_(draft_vocab, draft_vocab + d.draft_vocab), team_(d.threads) {
+      draft_sizes_{d.draft_hidden, d.draft_intermediate, d.draft_heads, d.draft_kv_heads, d.draft_head_dim, d.draft_rms_eps},
+      step_map_(step_map, step_map + steps), draft_vocab_(draft_vocab, draft_vocab + d.draft_vocab),
+      feature_layers_(feature_layers, feature_layers + features), team_(d.threads) {
     const size_t bytes = file_size(path);
     char* weights = allocate(bytes).data;
     read_file(path, weights, bytes);
@@ -124,17 +126,25 @@ Engine::Engine(const Dims& d, const int32_t* step_map, int steps, const int64_t*
 
     if (d.modules > 0) {
         draft_rope_ = reader.floats(size_t(d.context) * d.draft_head_dim);
+        draft_embedding_ = d.draft_is_lm ? reader.halves(size_t(d.vocab) * d.draft_hidden) : embedding_;
+        if (d.draft_fusion) fusion_ = reader.matrix(d.hidden, int(feature_size()));
         for (int m = 0; m < d.modules; ++m) {
             Module module;
-            module.fc = reader.matrix(d.hidden, 2 * d.hidden);
+            if (!d.draft_is_lm) module.fc = reader.matrix(d.hidden, 2 * d.hidden);
             if (d.draft_bias) module.fc_bias = reader.floats(d.hidden);
-            module.block = read_block(reader, draft_sizes_, false, false);
+            for (int l = 0; l < d.draft_layers; ++l)
+                module.blocks.push_back(read_block(reader, draft_sizes_, l > 0 || d.draft_is_lm, false));
+            if (d.draft_is_lm) module.norm = reader.floats(d.draft_hidden);
             modules_.push_back(module);
         }
-        draft_head_ = reader.matrix(d.draft_vocab, d.hidden);
-        draft_pool_ = pool(1, draft_sizes_);
+        draft_head_ = reader.matrix(d.draft_vocab, d.draft_hidden);
+        draft_pool_ = pool(d.draft_layers, draft_sizes_);
         draft_scratch_ = std::make_unique<Scratch>(draft_sizes_, d.tokens, capacity, d.threads);
-        fused_.resize(size_t(d.tokens) * 2 * d.hidden);
+        if (!d.draft_is_lm) fused_.resize(size_t(d.tokens) * 2 * d.hidden);
+        if (d.draft_fusion) {
+            features_.resize(size_t(d.tokens) * feature_size());
+            fused_features_.resize(size_t(d.tokens) * d.hidden);
+        }
     }
     reader.finish();
 }
@@ -188,8 +198,17 @@ void Engine::forward(Batch& batch, const int64_t* tokens, const int64_t* positio
         }
         norm(blocks_[0].input_norm);
         team_.barrier();
+        // Copies this thread's share of a state into its column of the features.
+        const auto capture = [&](int layer, auto&& copy) {
+            if (!features) return;
+            for (size_t column = 0; column < feature_layers_.size(); ++column)
+                if (feature_layers_[column] == layer)
+                    for (int t = share.first; t < share.last; ++t)
+                        copy(size_t(t) * width, features + size_t(batch.padded(t)) * feature_size() + column * width);
+        };
         for (int layer = 0; layer < dims.layers; ++layer) {
             const Block& block = blocks_[layer];
+            capture(layer, [&](size_t from, bf16* to) { round_row(w.x.data() + from, width, to); });
             project(block.qkv, w.normed.data(), width, count, block.qkv_bias, w.qkv.data(), false, id, size,
                     block.o.first_of(id, size));
             team_.barrier();
@@ -201,9 +220,7 @@ void Engine::forward(Batch& batch, const int64_t* tokens, const int64_t* positio
             norm(last ? final_norm_ : blocks_[layer + 1].input_norm);
             team_.barrier();
         }
-        if (features)
-            for (int t = share.first; t < share.last; ++t)
-                std::memcpy(features + size_t(batch.padded(t)) * width, w.normed.data() + size_t(t) * width, width * sizeof(bf16));
+        capture(dims.layers, [&](size_t from, bf16* to) { std::memcpy(to, w.normed.data() + from, width * sizeof(bf16)); });
         if (wanted.empty()) return;
         const bf16* rows = w.normed.data();
         if (logits_for == 1) {
@@ -238,7 +255,9 @@ void Engine::run_draft(Batch& batch, int step, const int64_t* tokens, const int6
                        float* logits, bf16* hidden_out, Ranking* ranking) {
     check(batch, tokens, positions);
     const Module& module = module_of(step);
-    const int count = batch.tokens(), width = dims.hidden;
+    const int count = batch.tokens(), width = dims.draft_hidden;
+    const bool fuse_features = dims.draft_fusion && step == 0;
+    const size_t hidden_stride = step == 0 ? feature_size() : size_t(width);
     Scratch& w = *draft_scratch_;
 
     // For step 0 only K/V is read of the earlier tokens: after placing it, the last token of each row goes on alone.
@@ -259,38 +278,71 @@ void Engine::run_draft(Batch& batch, int step, const int64_t* tokens, const int6
     team_.run([&](int id) {
         const int size = team_.size();
         const Share share(count, id, size);
-        for (int t = share.first; t < share.last; ++t) {
-            bf16* row = fused_.data() + size_t(t) * 2 * width;
-            const int at = batch.padded(t);
-            std::memcpy(row, embedding_ + size_t(tokens[at]) * width, width * sizeof(bf16));
-            std::memcpy(row + width, hidden + size_t(at) * width, width * sizeof(bf16));
-        }
-        team_.barrier();
-        project(module.fc, fused_.data(), 2 * width, count, module.fc_bias, w.x.data(), false, id, size,
-                module.block.qkv.first_of(id, size));
-        team_.barrier();
-        for (int t = share.first; t < share.last; ++t)
-            round_row(w.x.data() + size_t(t) * width, width, w.normed.data() + size_t(t) * width);
-        team_.barrier();
-        project(module.block.qkv, w.normed.data(), width, count, nullptr, w.qkv.data(), false, id, size,
-                module.block.o.first_of(id, size));
-        team_.barrier();
-        place(draft_sizes_, w, draft_pool_, 0, batch, positions, draft_rope_, id, size);
-        team_.barrier();
-        if (last_only) {
-            if (id == 0)
-                for (int b = 0; b < batch.rows; ++b) {
-                    const size_t from = size_t(batch.first[b + 1] - 1), q_width = draft_sizes_.q_width();
-                    std::memmove(w.x.data() + size_t(b) * width, w.x.data() + from * width, width * sizeof(float));
-                    std::memmove(w.q.data() + b * q_width, w.q.data() + from * q_width, q_width * sizeof(bf16));
-                }
+        const uint32_t* first_qkv = module.blocks[0].qkv.first_of(id, size);
+        if (fuse_features) {
+            const size_t bytes = feature_size() * sizeof(bf16);
+            for (int t = share.first; t < share.last; ++t)
+                std::memcpy(features_.data() + size_t(t) * feature_size(), hidden + size_t(batch.padded(t)) * hidden_stride, bytes);
+            team_.barrier();
+            project(fusion_, features_.data(), feature_size(), count, nullptr, fused_features_.data(), false, id, size,
+                    module.fc.first_of(id, size));
             team_.barrier();
         }
-        attention_and_mlp(draft_sizes_, module.block, draft_pool_, 0, *rest, w, team_, id, draft_head_.first_of(id, size));
+        if (dims.draft_is_lm) {
+            for (int t = share.first; t < share.last; ++t) {
+                const bf16* row = draft_embedding_ + size_t(tokens[batch.padded(t)]) * width;
+                for (int i = 0; i < width; i += kLanes) store(w.x.data() + size_t(t) * width + i, load_bf16(row + i));
+            }
+        } else {
+            for (int t = share.first; t < share.last; ++t) {
+                bf16* row = fused_.data() + size_t(t) * 2 * width;
+                const int at = batch.padded(t);
+                std::memcpy(row, draft_embedding_ + size_t(tokens[at]) * width, width * sizeof(bf16));
+                if (fuse_features)
+                    round_row(fused_features_.data() + size_t(t) * width, width, row + width);
+                else
+                    std::memcpy(row + width, hidden + size_t(at) * hidden_stride, width * sizeof(bf16));
+            }
+            team_.barrier();
+            project(module.fc, fused_.data(), 2 * width, count, module.fc_bias, w.x.data(), false, id, size, first_qkv);
+        }
+        for (int layer = 0; layer < dims.draft_layers; ++layer) {
+            const Block& block = module.blocks[layer];
+            const bool final_layer = layer + 1 == dims.draft_layers;
+            team_.barrier();
+            for (int t = share.first; t < share.last; ++t) {
+                const float* from = w.x.data() + size_t(t) * width;
+                bf16* to = w.normed.data() + size_t(t) * width;
+                if (block.input_norm)
+                    rms_norm(from, block.input_norm, dims.draft_rms_eps, width, to);
+                else
+                    round_row(from, width, to);
+            }
+            team_.barrier();
+            project(block.qkv, w.normed.data(), width, count, nullptr, w.qkv.data(), false, id, size, block.o.first_of(id, size));
+            team_.barrier();
+            place(draft_sizes_, w, draft_pool_, layer, batch, positions, draft_rope_, id, size);
+            team_.barrier();
+            if (last_only && final_layer) {
+                if (id == 0)
+                    for (int b = 0; b < batch.rows; ++b) {
+                        const size_t from = size_t(batch.first[b + 1] - 1), q_width = draft_sizes_.q_width();
+                        std::memmove(w.x.data() + size_t(b) * width, w.x.data() + from * width, width * sizeof(float));
+                        std::memmove(w.q.data() + b * q_width, w.q.data() + from * q_width, q_width * sizeof(bf16));
+                    }
+                team_.barrier();
+            }
+            attention_and_mlp(draft_sizes_, block, draft_pool_, layer, final_layer ? *rest : batch, w, team_, id,
+                              final_layer ? draft_head_.first_of(id, size) : module.blocks[layer + 1].qkv.first_of(id, size));
+        }
         const Share mine(remaining, id, size);
         for (int t = mine.first; t < mine.last; ++t) {
             bf16* row = w.normed.data() + size_t(t) * width;
-            round_row(w.x.data() + size_t(t) * width, width, row);
+            const float* from = w.x.data() + size_t(t) * width;
+            if (module.norm)
+                rms_norm(from, module.norm, dims.draft_rms_eps, width, row);
+            else
+                round_row(from, width, row);
             std::memcpy(hidden_out + size_t(row_of[t]) * width, row, width * sizeof(bf16));
         }
         team_.barrier();
@@ -321,7 +373,7 @@ void Engine::draft_round(Batch& batch, const int64_t* tokens, const int64_t* pos
         int64_t token;
         float log_prob;
     };
-    const int rows = batch.rows, hidden = dims.hidden;
+    const int rows = batch.rows, hidden = dims.draft_hidden;
     if (width > dims.draft_vocab) throw std::runtime_error("the tree is wider than the draft vocabulary");
     Ranking ranking{width, std::vector<float>(size_t(rows) * width * width), std::vector<int>(size_t(rows) * width * width)};
     draft_logits_.resize(std::max(draft_logits_.size(), size_t(rows) * std::max(width, 1) * dims.draft_vocab));
@@ -427,7 +479,7 @@ void Engine::speculate(Batch& batch, const int64_t* tokens, const int64_t* posit
         lengths[b] = batch.lengths[b] + batch.counts[b];
         for (int i = 0; i < size; ++i) depths[size_t(b) * size + i] += lengths[b];  // positions from here on
     }
-    tree_features_.resize(std::max(tree_features_.size(), nodes * dims.hidden));
+    tree_features_.resize(std::max(tree_features_.size(), nodes * feature_size()));
     Batch tree{rows, batch.slots, lengths.data(), counts.data(), size, 0, mask.data(), {}, {}, {}};
     tree.flatten();
     forward(tree, tree_tokens.data(), depths.data(), 2, tree_features_.data(), nullptr, greedy.data());
@@ -445,7 +497,7 @@ void Engine::speculate(Batch& batch, const int64_t* tokens, const int64_t* posit
         for (int64_t j = 0; j < count; ++j) {
             const size_t node = base + size_t(accepted[j]), to = size_t(b) * most + size_t(j);
             out_tokens[to] = j + 1 < count ? tree_tokens[base + size_t(accepted[j + 1])] : greedy[node];
-            std::memcpy(out_features + to * dims.hidden, tree_features_.data() + node * dims.hidden, dims.hidden * sizeof(bf16));
+            std::memcpy(out_features + to * feature_size(), tree_features_.data() + node * feature_size(), feature_size() * sizeof(bf16));
         }
     }
     commit(rows, batch.slots, lengths.data(), path.data(), path_lengths.data(), most);
@@ -494,9 +546,10 @@ const char* prism_isa() {
 #endif
 }
 
-prism::Engine* prism_open(const prism::Dims* dims, const int32_t* step_map, int steps, const int64_t* draft_vocab, const char* path) {
+prism::Engine* prism_open(const prism::Dims* dims, const int32_t* step_map, int steps, const int32_t* feature_layers, int features,
+                          const int64_t* draft_vocab, const char* path) {
     prism::Engine* engine = nullptr;
-    guarded([&] { engine = new prism::Engine(*dims, step_map, steps, draft_vocab, path); });
+    guarded([&] { engine = new prism::Engine(*dims, step_map, steps, feature_layers, features, draft_vocab, path); });
     return engine;
 }
 

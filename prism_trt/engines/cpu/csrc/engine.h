@@ -22,8 +22,10 @@ struct Ranking {
 
 class Engine {
 public:
-    // Takes its own copy of `weights` in huge pages.
-    Engine(const Dims& dims, const int32_t* step_map, int steps, const int64_t* draft_vocab, const char* path);
+    // Takes its own copy of the weights at `path` in huge pages. Features are the residual streams after the given numbers of
+    // layers, side by side; all of them means after the final norm.
+    Engine(const Dims& dims, const int32_t* step_map, int steps, const int32_t* feature_layers, int features,
+           const int64_t* draft_vocab, const char* path);
     ~Engine();
     Engine(const Engine&) = delete;
     Engine& operator=(const Engine&) = delete;
@@ -51,6 +53,7 @@ private:
     };
 
     Mapping allocate(size_t bytes);
+    size_t feature_size() const { return feature_layers_.size() * size_t(dims.hidden); }
     const Module& module_of(int step) const { return modules_[step_map_[std::min<size_t>(step, step_map_.size() - 1)]]; }
     void check(const Batch& batch, const int64_t* tokens, const int64_t* positions) const;
     void run_draft(Batch& batch, int step, const int64_t* tokens, const int64_t* positions, const bf16* hidden, bool last_only,
@@ -60,13 +63,17 @@ private:
     std::vector<int> step_map_;
     std::vector<int64_t> draft_vocab_;
     std::vector<Mapping> mappings_;
+    std::vector<int> feature_layers_;
     const bf16* embedding_ = nullptr;
+    const bf16* draft_embedding_ = nullptr;  // the target's, unless the drafter has its own
     const float *rope_ = nullptr, *draft_rope_ = nullptr, *final_norm_ = nullptr;
     std::vector<Block> blocks_;
     std::vector<Module> modules_;
-    Matrix head_, draft_head_;
+    Matrix head_, draft_head_, fusion_;
     Pool pool_, draft_pool_;
     std::unique_ptr<Scratch> scratch_, draft_scratch_;
+    std::vector<bf16> features_;          // [tokens][feature_size]: inputs of the fusion matrix
+    std::vector<float> fused_features_;   // [tokens][hidden]
     std::vector<bf16> fused_;             // [tokens][2 * hidden]
     std::vector<bf16> final_;             // [tokens][hidden] post-norm rows that go to the head
     std::vector<std::vector<Best>> best_;  // per thread

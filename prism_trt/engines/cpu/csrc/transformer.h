@@ -17,7 +17,10 @@ namespace prism {
 // Sizes of an engine, filled by the caller. Mirrored field by field by prism_trt/engines/cpu/library.py.
 struct Dims {
     int32_t vocab, hidden, intermediate, layers, heads, kv_heads, head_dim, qkv_bias;
-    int32_t modules, draft_vocab, draft_intermediate, draft_heads, draft_kv_heads, draft_head_dim, draft_bias;
+    int32_t modules, draft_hidden, draft_layers, draft_vocab, draft_intermediate, draft_heads, draft_kv_heads, draft_head_dim;
+    int32_t draft_bias;    // fc has a bias
+    int32_t draft_fusion;  // the features are fused by a matrix before step 0
+    int32_t draft_is_lm;   // the drafter is a language model of its own: own embedding, every norm, no fc
     int32_t context, slots, tokens, threads;
     float rms_eps, draft_rms_eps;
 };
@@ -32,16 +35,17 @@ struct Sizes {
 };
 
 struct Block {
-    const float* input_norm = nullptr;  // null in drafter modules
+    const float* input_norm = nullptr;  // null in the first layer of a processing module
     const float* qkv_bias = nullptr;    // null in most families
     const float* post_norm = nullptr;
     Matrix qkv, o, gate, up, down;
 };
 
 struct Module {
-    Matrix fc;
+    Matrix fc;                      // empty in a drafter that is a language model of its own
     const float* fc_bias = nullptr;
-    Block block;
+    std::vector<Block> blocks;
+    const float* norm = nullptr;    // null unless the drafter is a language model of its own
 };
 
 // Reads the engine's weight file in the order in which prism_trt/engines/cpu/packing.py wrote it.
