@@ -54,7 +54,7 @@ def test_format() -> None:
 
 
 def test_types() -> None:
-    run_tool("mypy", "prism_trt")
+    run_tool("mypy", "prism_trt", "plugins")
 
 
 def test_nothing_forbidden_is_in_the_project() -> None:
@@ -101,6 +101,7 @@ def test_wheel_holds_everything_needed_at_run_time(tmp_path: Path) -> None:
     package = {path.relative_to(ROOT).as_posix() for path in project_files() if path.is_relative_to(ROOT / "prism_trt")}
     assert {name for name in package if not name.endswith(".pyc")} <= names
     assert not [name for name in names if not name.startswith(("prism_trt/", "prism_trt-"))]
+    assert "prism_trt/_resources/plugins/qdp.py" in names
 
     script = "import prism_trt, prism_trt.build.profile as p; print(prism_trt.__file__, p.load_profile('cpu').name)"
     done = subprocess.run(

@@ -98,7 +98,7 @@ def plan_generation(
     """Shuffle `prompts` by the seed and sort them by length within each shard, so that prefills batch well.
 
     Args:
-        feature_layers: numbers of the hidden states to keep (see `prism_trt.drafter.features`).
+        feature_layers: numbers of the hidden states to keep (see `prism_trt.drafter.features`); none keeps tokens only.
     """
     order = list(prompts)
     random.Random(settings.answer_seed).shuffle(order)
@@ -234,11 +234,11 @@ def _answer(
             new_tokens += len(event.tokens)
             if not event.finished:
                 continue
-            assert event.features is not None
             shard = index // SHARD_PROMPTS
             tokens = plan.prompts[index] + outputs.pop(index)
             del running[event.id]
-            done[shard][index] = _sequence(tokens, event.features, plan, index)
+            features = torch.empty(len(tokens) - 1, 0) if event.features is None else event.features
+            done[shard][index] = _sequence(tokens, features, plan, index)
             answered += 1
             if len(done[shard]) == len(plan.shard_prompts(shard)):
                 _write(shard_path(directory, shard), done.pop(shard))
@@ -251,7 +251,7 @@ def _request(plan: GenerationPlan, index: int) -> Request:
         max_tokens=plan.settings.max_new_tokens,
         sampling=_sampling(plan.settings, index),
         eos_token_ids=tuple(plan.target.tokenizer.eos_token_ids),
-        collect_features=True,
+        collect_features=bool(plan.feature_layers),
     )
 
 

@@ -21,6 +21,14 @@ class FeatureSequence:
     final: Tensor | None = None
     """[n-1, H]: the target's hidden states after the final norm, where `features` are others."""
 
+    @classmethod
+    def of(cls, tokens: Tensor, states: Tensor, count: int, prompt_length: int, greedy: bool) -> FeatureSequence:
+        """A sequence from `count` hidden states side by side, [n-1, count * H], of which the last is the teacher."""
+        if count < 2:
+            return cls(tokens, states, prompt_length, greedy)
+        width = states.shape[1] // count * (count - 1)
+        return cls(tokens, states[:, :width], prompt_length, greedy, states[:, width:])
+
     @property
     def teacher(self) -> Tensor:
         """[n-1, H]: the hidden states that the drafter's imitate."""

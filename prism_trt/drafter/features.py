@@ -27,4 +27,6 @@ def fed_layers(target: TargetConfig, drafter: DrafterConfig | None) -> tuple[int
 
 def captured_layers(target: TargetConfig, features: Features) -> tuple[int, ...]:
     """Numbers of the hidden states that training on `features` needs: what is fed, and the last as the teacher."""
+    if features == "none":
+        return ()
     return (*(multi_layers(target.num_layers) if features == "multi" else ()), target.num_layers)

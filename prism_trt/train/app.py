@@ -48,6 +48,10 @@ def train(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     parallel: Annotated[str, typer.Option(help="ddp or fsdp, when torchrun starts several processes")] = "ddp",
     wandb: Annotated[str | None, typer.Option(help="also log to this Weights & Biases project")] = None,
+    online: Annotated[
+        bool,
+        typer.Option("--online", help="compute features while training; the cache keeps tokens only"),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print what the run needs, and stop")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing --out")] = False,
     **options: Any,
@@ -75,7 +79,7 @@ def train(
             _config(PromptConfig, options),
             _config(GenerationConfig, options),
             training,
-            RunOptions(slots, answers, overwrite, wandb, dry_run),
+            RunOptions(slots, answers, overwrite, wandb, dry_run, online),
             world,
             ["prism-trt", "train", *sys.argv[1:]],
         )

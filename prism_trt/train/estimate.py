@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from prism_trt.config import TrainConfig
-from prism_trt.data.feature_cache import FeatureCache
 from prism_trt.data.regenerate import GenerationPlan
 from prism_trt.data.sequences import FeatureSequence
+from prism_trt.drafter.features import captured_layers
 from prism_trt.drafter.model import Drafter
 from prism_trt.target.loading import Target
-from prism_trt.train.loop import Trainer
+from prism_trt.train.loop import Sequences, Trainer
 from prism_trt.train.stages import stages
 from prism_trt.train.world import World
 
@@ -27,15 +27,15 @@ class RandomSequences:
 
     data_sha256 = ""
 
-    def __init__(self, plan: GenerationPlan) -> None:
+    def __init__(self, plan: GenerationPlan, layers: tuple[int, ...]) -> None:
+        """Sequences with the hidden states `layers` as features."""
         prompts = plan.prompts[:: max(1, len(plan.prompts) // _PROBE_SEQUENCES)]
         self.directory = Path("the plan")
         self.prompt_lengths: np.ndarray = np.array([len(prompt) for prompt in prompts])
         self.lengths: np.ndarray = self.prompt_lengths + plan.settings.max_new_tokens
         self.greedy: np.ndarray = np.ones(len(prompts), dtype=bool)
-        self._fed = max(1, len(plan.feature_layers) - 1) * plan.target.config.hidden_size
-        self._several = len(plan.feature_layers) > 1
-        self._hidden = plan.target.config.hidden_size
+        self._count = len(layers)
+        self._width = len(layers) * plan.target.config.hidden_size
         self._vocab = plan.target.config.vocab_size
 
     @property
@@ -48,11 +48,8 @@ class RandomSequences:
         generator = torch.Generator().manual_seed(index)
         length = int(self.lengths[index])
         tokens = torch.randint(0, self._vocab, (length,), generator=generator)
-        fed, final = (
-            torch.randn(length - 1, width, generator=generator).bfloat16() for width in (self._fed, self._hidden)
-        )
-        prompt = int(self.prompt_lengths[index])
-        return FeatureSequence(tokens, fed, prompt, True, final if self._several else None)
+        states = torch.randn(length - 1, self._width, generator=generator).bfloat16()
+        return FeatureSequence.of(tokens, states, self._count, int(self.prompt_lengths[index]), True)
 
     def token_counts(self, indices: np.ndarray, vocab_size: int) -> np.ndarray:
         """As `FeatureCache.token_counts`."""
@@ -63,21 +60,21 @@ def describe_run(
     target: Target,
     plan: GenerationPlan | None,
     answers: int | None,
-    cache: FeatureCache | None,
+    data: Sequences | None,
     config: TrainConfig,
     world: World,
 ) -> str:
     """Measure two updates of every stage, and say what the whole run needs, one finding per line.
 
     Args:
-        plan: what is to be generated; None when `cache` is complete.
+        plan: what is to be generated; None when `data` is complete.
         answers: how many prompts of `plan` are answered; None for all.
-        cache: None when there is only a plan.
+        data: None when there is only a plan.
     """
-    if cache is None and plan is None:
-        return "the first process says what the run needs"
-    data = cache if cache is not None else RandomSequences(plan) if plan is not None else None
-    assert data is not None
+    if data is None:
+        if plan is None:
+            return "the first process says what the run needs"
+        data = RandomSequences(plan, captured_layers(target.config, config.features))
     trainer = Trainer(target, data, config, Path(), None, world)
     planned = [stage for stage in stages(config) if stage.updates]
     lines, total = [], 0.0

@@ -28,7 +28,7 @@ from prism_trt.train.checkpoints import LATEST, RunState, find_state, save_state
 from prism_trt.train.losses import StepMetrics
 from prism_trt.train.objective import Objective
 from prism_trt.train.optimizer import StageOptimizer
-from prism_trt.train.simulate import SimulatedAcceptance, simulate_acceptance
+from prism_trt.train.simulate import SimulatedAcceptance, VocabularyLoss, simulate_acceptance, vocabulary_loss
 from prism_trt.train.stages import DataOrder, Stage, cut, learning_rate, stages
 from prism_trt.train.step_map import step_map_of_difficulty
 from prism_trt.train.vocabulary import choose_draft_vocab
@@ -101,6 +101,8 @@ class TrainingResult:
     seconds: float
     acceptance: SimulatedAcceptance | None
     """At the end, on the answers held back; None without such."""
+    vocabulary: VocabularyLoss | None
+    """Likewise; None also for a drafter of the whole vocabulary, or with a head of its own."""
 
 
 class Trainer:
@@ -146,7 +148,7 @@ class Trainer:
         with torch.no_grad():
             table = target.model.model.embed_tokens.weight
             self._embedding = table.to(world.device, self._compute)
-            head = target.model.head_weight
+            self._target_head = head = target.model.head_weight
             rows = head if init.draft_vocab is None else head[init.draft_vocab]
             self._head = rows.to(world.device, self._compute).contiguous()
 
@@ -207,9 +209,10 @@ class Trainer:
                         observer.simulated(stage, update + 1, acceptance)
                 world.barrier()
             drafter = self._plain(drafter, whole_weights(model))
-        if acceptance is None and len(self._held_back):
+        if acceptance is None and len(self._held_back) and world.first:
             acceptance = self._simulate(drafter)
-        return TrainingResult(_as_kind(drafter, self._config).cpu().eval(), rows, seconds, acceptance)
+        vocabulary = self._vocabulary_loss(drafter) if world.first else None
+        return TrainingResult(_as_kind(drafter, self._config).cpu().eval(), rows, seconds, acceptance, vocabulary)
 
     def drafter_of(self, stage: Stage) -> Drafter:
         """The drafter that `stage` trains, before any training; a measured step map is not known yet."""
@@ -302,6 +305,13 @@ class Trainer:
         head = self._head if drafter.lm_head is None else drafter.lm_head.weight
         drafter = drafter.to(self._world.device)
         return simulate_acceptance(drafter, self._embedding, head, self._held_back_batches(), self._compute)
+
+    def _vocabulary_loss(self, drafter: Drafter) -> VocabularyLoss | None:
+        if drafter.draft_vocab is None or drafter.lm_head is not None or not len(self._held_back):
+            return None
+        target_head = self._target_head.to(self._world.device, self._compute)
+        batches = list(self._held_back_batches())
+        return vocabulary_loss(drafter, self._embedding, self._head, target_head, batches, self._compute)
 
     def _held_back_batches(self) -> Iterator[PackedBatch]:
         """Batches of at most 8 sequences, because all draft steps of a batch are held at once."""

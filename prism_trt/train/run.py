@@ -14,7 +14,8 @@ import torch
 
 import prism_trt
 from prism_trt.config import DrafterConfig, GenerationConfig, TrainConfig
-from prism_trt.data.feature_cache import MANIFEST_FILE, FeatureCache
+from prism_trt.data.feature_cache import KIND, MANIFEST_FILE, FeatureCache
+from prism_trt.data.online import OnlineFeatures
 from prism_trt.data.prompts import PromptConfig, prepare_prompts
 from prism_trt.data.regenerate import GenerationPlan, GenerationProgress, plan_generation, planned_layers, regenerate
 from prism_trt.drafter.checkpoint import load_drafter, save_drafter
@@ -23,7 +24,7 @@ from prism_trt.engines.loading import make_engine
 from prism_trt.engines.protocol import Engine, EngineLimits
 from prism_trt.engines.torch_engine import TorchEngine
 from prism_trt.errors import PrismError
-from prism_trt.manifest import sha256_file
+from prism_trt.manifest import read_manifest, sha256_file
 from prism_trt.progress import progress
 from prism_trt.target.loading import Target, load_target
 from prism_trt.train.estimate import describe_run
@@ -65,6 +66,8 @@ class RunOptions:
     """Weights & Biases project that gets the TensorBoard scalars as well."""
     dry_run: bool = False
     """Only print what the run would need."""
+    online: bool = False
+    """Keep tokens only, and let the target compute features while the drafter trains."""
 
 
 def run_training(
@@ -92,10 +95,10 @@ def run_training(
         raise PrismError(f"{paths.cache} is not a complete feature cache: pass --data to generate the answers")
     plan = None
     if paths.data is not None and world.first:
-        plan = _plan(target, paths, prompts, generation, training)
+        plan = _plan(target, paths, prompts, generation, training, options.online)
     if options.dry_run:
-        cache = FeatureCache(paths.cache, target, training.features) if paths.data is None else None
-        _say(describe_run(target, plan, options.answers, cache, training, world))
+        data = _open_data(target, paths.cache, training, options.online, world) if paths.data is None else None
+        _say(describe_run(target, plan, options.answers, data, training, world))
         return
     if plan is not None:
         _generate(plan, paths, options)
@@ -103,25 +106,50 @@ def run_training(
     if out is None:
         return
 
-    cache = FeatureCache(paths.cache, target, training.features)
+    data = _open_data(target, paths.cache, training, options.online, world)
     paths.work.mkdir(parents=True, exist_ok=True)
     init = load_drafter(paths.init, target) if paths.init is not None else None
-    trainer = Trainer(target, cache, training, paths.work, init, world)
+    trainer = Trainer(target, data, training, paths.work, init, world)
     with observers(training, paths.work, options.wandb, world) as watching:
         result = trainer.run(watching)
     if not world.first:
         return
     drafter = result.drafter
-    provenance = _provenance(result, cache, paths, training, world, command)
+    provenance = _provenance(result, paths, training, world, command)
     drafter.config = DrafterConfig.model_validate(drafter.config.model_dump() | {"provenance": provenance})
     save_drafter(
         drafter.to(torch.bfloat16 if training.compute == "bfloat16" else torch.float32), out, options.overwrite
     )
+    if result.vocabulary is not None:
+        _say(
+            f"draft vocabulary: {result.vocabulary.coverage:.1%} of the held-back tokens; simulated acceptance length "
+            f"{result.vocabulary.chain:.3f}, with the whole vocabulary {result.vocabulary.chain_whole_vocabulary:.3f}"
+        )
     _say(f"wrote {out}")
 
 
+def _open_data(
+    target: Target, directory: Path, training: TrainConfig, online: bool, world: World
+) -> FeatureCache | OnlineFeatures:
+    """The training data of `directory`, with features from there or from the target."""
+    if not online:
+        return FeatureCache(directory, target, training.features)
+    cache = FeatureCache(directory, target, "none")
+    layers = captured_layers(target.config, training.features)
+    limits = EngineLimits(1, int(cache.lengths.max()), _TOKENS_PER_CALL)
+    if world.device.type == "cpu":
+        return OnlineFeatures(cache, make_engine(target, None, limits, None, layers), len(layers))
+    engine = TorchEngine(target, None, limits, world.device, torch.bfloat16, layers)
+    return OnlineFeatures(cache, engine, len(layers))
+
+
 def _plan(
-    target: Target, paths: RunPaths, prompts: PromptConfig, settings: GenerationConfig, training: TrainConfig
+    target: Target,
+    paths: RunPaths,
+    prompts: PromptConfig,
+    settings: GenerationConfig,
+    training: TrainConfig,
+    online: bool,
 ) -> GenerationPlan:
     assert paths.data is not None
     ids, report = prepare_prompts(paths.data, target.tokenizer, settings.max_prompt_tokens, prompts)
@@ -129,7 +157,8 @@ def _plan(
         _say(line)
     # Beside the cache, which holds nothing but what its manifest lists.
     report.save(paths.cache.with_name(f"{paths.cache.name}.data.json"))
-    layers, kept = captured_layers(target.config, training.features), planned_layers(paths.cache)
+    layers = captured_layers(target.config, "none" if online else training.features)
+    kept = planned_layers(paths.cache)
     # A cache with more features than this training needs serves it as well.
     return plan_generation(ids, settings, target, kept if set(layers) <= set(kept) else layers)
 
@@ -182,17 +211,16 @@ def observers(training: TrainConfig, work: Path, wandb: str | None, world: World
 
 def _provenance(
     result: TrainingResult,
-    cache: FeatureCache,
     paths: RunPaths,
     training: TrainConfig,
     world: World,
     command: list[str],
 ) -> dict[str, Any]:
+    manifest = read_manifest(paths.cache, MANIFEST_FILE, KIND)
     return {
         "command": command,
         "data_sha256": None if paths.data is None else sha256_file(paths.data),
-        "cache_sha256": cache.data_sha256,
-        "cache": {"counts": cache.manifest["counts"], "settings": cache.manifest["settings"]},
+        "cache": {name: manifest[name] for name in ("counts", "settings", "prompts_sha256")},
         "training": training.model_dump(),
         "rows": result.rows,
         "seconds": round(result.seconds, 1),
@@ -200,6 +228,7 @@ def _provenance(
         "processes": world.size,
         "device": world.device.type,
         "simulated_acceptance": None if result.acceptance is None else asdict(result.acceptance),
+        "vocabulary_loss": None if result.vocabulary is None else asdict(result.vocabulary),
         "versions": {
             "prism_trt": prism_trt.__version__,
             "torch": torch.__version__,

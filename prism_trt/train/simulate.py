@@ -37,9 +37,26 @@ class SimulatedAcceptance:
     """The same when each step counts as right by its first four choices: a bound for trees of width 4."""
 
 
+@dataclass(frozen=True)
+class VocabularyLoss:
+    """What the reduced draft vocabulary costs on the answers held back."""
+
+    coverage: float
+    """Share of their tokens that the drafter can predict."""
+    chain: float
+    """Acceptance length of a greedy chain, as in `SimulatedAcceptance`."""
+    chain_whole_vocabulary: float
+    """The same if the drafter predicted with the target's whole head."""
+
+
 @torch.inference_mode()
 def simulate_acceptance(
-    drafter: Drafter, embedding: Tensor, head: Tensor, batches: Iterable[PackedBatch], compute: torch.dtype
+    drafter: Drafter,
+    embedding: Tensor,
+    head: Tensor,
+    batches: Iterable[PackedBatch],
+    compute: torch.dtype,
+    whole_vocabulary: bool = False,
 ) -> SimulatedAcceptance:
     """Simulate on packed greedy answers.
 
@@ -47,6 +64,7 @@ def simulate_acceptance(
         embedding: [V, H] the target's embedding table.
         head: [D, h] the head rows that `drafter` predicts with.
         compute: dtype of the matrix products.
+        whole_vocabulary: `head` is [V, h] instead, and every token can be predicted.
     """
     head = head.to(compute)
     hits: list[Tensor] = []
@@ -57,7 +75,8 @@ def simulate_acceptance(
         ranks = []
         for step, states in enumerate(hidden):
             labels = batch.next_tokens.roll(-step)[usable]
-            ranks.append(_ranks(states[usable].to(head.dtype), head, _drafted(drafter, labels)))
+            wanted = labels if whole_vocabulary else _drafted(drafter, labels)
+            ranks.append(_ranks(states[usable].to(head.dtype), head, wanted))
         hits.append(torch.stack(ranks, dim=1).cpu())
     ranks_all = torch.cat(hits) if hits else torch.zeros(0, STEPS, dtype=torch.int64)
     first, four = (ranks_all < 1).double(), (ranks_all < CHOICES).double()
@@ -69,6 +88,22 @@ def simulate_acceptance(
         chain=1 + float(first.cumprod(1).sum()) / count,
         chain_top4=1 + float(four.cumprod(1).sum()) / count,
     )
+
+
+def vocabulary_loss(
+    drafter: Drafter,
+    embedding: Tensor,
+    head: Tensor,
+    target_head: Tensor,
+    batches: list[PackedBatch],
+    compute: torch.dtype,
+) -> VocabularyLoss:
+    """Compare predicting with `head` [D, H] and with the whole `target_head` [V, H], on packed greedy answers."""
+    labels = torch.cat([batch.next_tokens for batch in batches])
+    restricted = simulate_acceptance(drafter, embedding, head, batches, compute)
+    whole = simulate_acceptance(drafter, embedding, target_head, batches, compute, whole_vocabulary=True)
+    covered = (_drafted(drafter, labels) >= 0).double().mean()
+    return VocabularyLoss(float(covered), restricted.chain, whole.chain)
 
 
 def _drafted(drafter: Drafter, labels: Tensor) -> Tensor:

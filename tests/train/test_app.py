@@ -147,3 +147,38 @@ def test_a_cache_of_another_target_is_refused(trained_on: Path, tmp_path: Path) 
     (tmp_path / "target" / "config.json").write_text(json.dumps(other))
     with pytest.raises(PrismError, match="another target or tokenizer"):
         CliRunner().invoke(app(), arguments(tmp_path, out=str(tmp_path / "drafter")), catch_exceptions=False)
+
+
+@pytest.mark.parametrize("features", ["last", "multi"])
+def test_features_computed_while_training_give_the_same_drafter(
+    trained_on: Path, tmp_path: Path, features: str
+) -> None:
+    """One run generates features to disk; the other keeps tokens only and asks the target."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"Say {i} words"}) + "\n" for i in range(24)))
+    common = {"data": str(prompts), "max_new_tokens": "24", "features": features, "hold_back": "3"}
+    for name, extra in (("disk", []), ("online", ["--online"])):
+        paths = {"cache": str(tmp_path / name / "cache"), "out": str(tmp_path / name / "drafter")}
+        finish([*arguments(trained_on, **common, **paths), *extra])
+    size = {name: (tmp_path / name / "cache" / "shard-00000.safetensors").stat().st_size for name in ("disk", "online")}
+    assert size["online"] < size["disk"] / 10
+    assert digest(tmp_path / "online" / "drafter") == digest(tmp_path / "disk" / "drafter")
+
+
+def test_a_dry_run_says_what_the_run_needs_and_writes_nothing(trained_on: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"Say {i} words"}) + "\n" for i in range(24)))
+    options = arguments(trained_on, data=str(prompts), cache=str(tmp_path / "cache"), out=str(tmp_path / "drafter"))
+    said = finish([*options, "--dry-run"])
+    for pattern in (
+        r"drafter: [\d,]+ trained parameters",
+        r"step 1 and later steps: module 1, [\d,]+ parameters and a head of 12,800",
+        r"stage tuning: 8 updates at [\d,]+ rows/s",
+        r"memory: \d+\.\d GiB",
+        r"checkpoints: \d+\.\d\d GB",
+        r"feature cache: at most \d+\.\d\d GB for 24 answers",
+    ):
+        assert re.search(pattern, said), (pattern, said)
+    assert not (tmp_path / "cache").exists() and not (tmp_path / "drafter").exists()
+    on_cache = finish([*arguments(trained_on, out=str(tmp_path / "drafter")), "--dry-run"])
+    assert "stage tuning" in on_cache and "feature cache" not in on_cache

@@ -72,6 +72,9 @@ def test_stages_follow_each_other_and_are_measured(trained_on: Path, tmp_path: P
     ]
     assert result.acceptance == recorder.simulations[-1][2]
     assert result.rows == sum(r.rows for r in recorder.updates)
+    assert result.vocabulary is not None and result.acceptance is not None
+    assert result.vocabulary.chain == result.acceptance.chain
+    assert 0.5 < result.vocabulary.coverage < 1
     drafter = result.drafter
     assert (drafter.config.num_modules, drafter.config.step_map) == (2, (0, 1))
     assert drafter.draft_vocab is not None
