@@ -26,7 +26,17 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "docs" / "results" / "bench_cpu.json"
-README_COLUMNS = ("set", "vanilla tok/s", "PRISM tok/s", "speed-up [95 % CI]", "AL pooled [95 % CI]", "identical")
+README_COLUMNS = {
+    "set": "set",
+    "vanilla tok/s": "vanilla tok/s",
+    "PRISM tok/s": "tok/s",
+    "speed-up [95 % CI]": "speed-up [95 % CI]",
+    "AL pooled [95 % CI]": "AL pooled [95 % CI]",
+    "identical": "identical",
+}
+"""Columns of the README's table and what the bench's report calls them."""
+MODULES = {"bench.peers": "prism_trt.bench.peers.app", "bench.scaling": "prism_trt.bench.scaling"}
+"""Command lines that are not subcommands of `prism-trt`."""
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
@@ -55,6 +65,8 @@ def arguments_of(line: str) -> tuple[str, list[str]] | None:
     words = shlex.split(line, comments=True)
     while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
         words.pop(0)
+    if words[:1] == ["torchrun"]:
+        words = ["python", *words[words.index("-m") :]]
     if words[:1] == ["prism-trt"]:
         return words[1], words[2:]
     if words[:2] == ["python", "-m"] and words[2].startswith("prism_trt."):
@@ -71,8 +83,8 @@ def parse(app: typer.Typer, arguments: list[str]) -> None:
 def test_commands_parse(page: str, line: str) -> None:
     found = arguments_of(line)
     if found is not None:
-        command = import_module("prism_trt.bench.peers.app").app() if found[0] == "bench.peers" else load(found[0])
-        parse(command, found[1])
+        module = MODULES.get(found[0])
+        parse(import_module(module).app() if module else load(found[0]), found[1])
     else:
         first = shlex.split(line, comments=True)[:1]
         known = ("pip", "python", "cd", "curl", "docker", "kubectl", "tensorboard", ".ci/run", "prism-trt", "git", ".")
@@ -120,10 +132,10 @@ def test_every_extra_is_pinned_to_the_tested_torch_or_leaves_it_alone() -> None:
 
 def results_table() -> str:
     """The README's table, from the committed result of the bench."""
-    places = [HEADER.index(name) for name in README_COLUMNS]
+    places = [HEADER.index(name) for name in README_COLUMNS.values()]
     result = parse_json_file(BenchResult, RESULTS)
     first = str(result.settings.trees[0])
-    lines = [README_COLUMNS, ("---",) * len(places)]
+    lines = [tuple(README_COLUMNS), ("---",) * len(places)]
     lines += [tuple(row[place] for place in places) for row in rows(result) if row[HEADER.index("tree")] == first]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
