@@ -33,6 +33,7 @@ COMMANDS = {
     "client": Command("prism_trt.client.app", "Send prompts to a server and stream the answers."),
     "bench": Command("prism_trt.bench.app", "Measure an engine's acceptance length and speed-up."),
     "inspect": Command("prism_trt.inspect.app", "Say what a file or directory is and whether it is sound."),
+    "drafter": Command("prism_trt.drafter.app", "Exchange drafters with EAGLE, HASS and the PRISM artifact."),
     "quickstart": Command("prism_trt.quickstart.app", "Train, build, serve and measure on this machine."),
 }
 

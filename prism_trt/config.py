@@ -117,7 +117,7 @@ class DrafterConfig(StrictModel):
     fc_bias: bool = False
     draft_vocab_size: int | None = Field(None, ge=1, description="None: the drafter predicts the whole vocabulary")
     target_fingerprint: str
-    provenance: dict[str, Any] = Field(default_factory=dict, description="how it was trained")
+    provenance: dict[str, Any] = Field(default_factory=dict, description="how it was trained, or where it came from")
 
     @model_validator(mode="after")
     def _is_consistent(self) -> DrafterConfig:

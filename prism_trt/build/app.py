@@ -19,10 +19,11 @@ def app() -> typer.Typer:
         target: Annotated[Path, typer.Option(help="target: HF directory or GGUF file")],
         out: Annotated[Path, typer.Option(help="engine directory to write")],
         drafter: Annotated[Path | None, typer.Option(help="drafter checkpoint; without it only plain decoding")] = None,
-        gpu: Annotated[str, typer.Option(help="profile: cpu")] = "cpu",
+        gpu: Annotated[str, typer.Option(help="profile: cpu, a100, rtx4090 or h800")] = "cpu",
         tree: Annotated[str | None, typer.Option(help="default draft tree, SIZE/WIDTH/DEPTH")] = None,
         context: Annotated[int | None, typer.Option(min=16, help="K/V entries per request")] = None,
         slots: Annotated[int | None, typer.Option(min=1, help="concurrent requests")] = None,
+        dtype: Annotated[str | None, typer.Option(help="float16 or bfloat16; the profile's first by default")] = None,
         overwrite: Annotated[bool, typer.Option(help="replace an existing engine")] = False,
     ) -> None:
         """Build an engine directory with a checked manifest."""
@@ -37,13 +38,14 @@ def app() -> typer.Typer:
             tree=shape,
             context=context,
             slots=slots,
+            dtype=dtype,
             overwrite=overwrite,
             say=typer.echo,
         )
-        latency = manifest.latency_ms.forward
+        latency = "" if manifest.latency_ms is None else f"; one token takes {manifest.latency_ms.forward[1]:.1f} ms"
         typer.echo(
             f"{out}: {manifest.runtime} engine ({manifest.isa or manifest.dtype}), context {manifest.limits.context}, "
-            f"{manifest.limits.slots} slots, tree {manifest.default_tree}; one token takes {latency[1]:.1f} ms"
+            f"{manifest.limits.slots} slots, tree {manifest.default_tree}{latency}"
         )
 
     return command

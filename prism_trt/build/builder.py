@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import platform
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-import prism_trt
+from prism_trt.build.gpu import write_gpu_engine
 from prism_trt.build.latency import measure
-from prism_trt.build.profile import load_profile
+from prism_trt.build.plan import BuildPlan, own_versions
+from prism_trt.build.profile import CpuProfile, GpuProfile, load_profile
 from prism_trt.config import TreeShape
 from prism_trt.drafter.checkpoint import load_drafter, save_drafter
 from prism_trt.drafter.model import Drafter
@@ -34,6 +35,7 @@ def build_engine(
     tree: TreeShape | None = None,
     context: int | None = None,
     slots: int | None = None,
+    dtype: str | None = None,
     overwrite: bool = False,
     say: Callable[[str], None] = print,
 ) -> EngineManifest:
@@ -47,6 +49,7 @@ def build_engine(
         tree: default draft tree; the profile's when None.
         context: K/V entries per request; the profile's (at most the target's own) when None.
         slots: concurrent requests; the profile's when None.
+        dtype: of the computation; the profile's first when None.
         overwrite: replace an existing `out`.
         say: receives one-sentence remarks, such as falling back to torch.
 
@@ -54,48 +57,63 @@ def build_engine(
         PrismError: bad input, or the drafter is not the target's.
     """
     settings = load_profile(profile)
+    if dtype is not None and dtype not in settings.dtypes:
+        raise PrismError(
+            f"profile {profile} computes in {' or '.join(settings.dtypes)}, not in {dtype}: pass one of them as --dtype"
+        )
     with atomic_directory(out, overwrite) as directory:
         model = load_target(target)
         draft = load_drafter(drafter, model) if drafter is not None else None
         longest = model.config.max_position_embeddings
         if context is not None and context > longest:
             raise PrismError(f"--context {context} is more than the target's {longest} positions: choose a smaller one")
-        limits = EngineLimits(
-            slots=slots or settings.slots,
-            context=context or min(settings.context, longest),
-            tokens_per_call=settings.tokens_per_call,
+        context = context or min(settings.context, longest)
+        plan = BuildPlan(
+            directory, model, draft, tree or settings.default_tree, context, slots or settings.slots, dtype
         )
         model.tokenizer.save(directory / TOKENIZER_DIRECTORY)
-        reason = unsupported(model.config, draft.config if draft else None)
-        chosen = None if reason else choose_isa()
-        if chosen:
-            isa, compiler = chosen
-            write_files(directory, model, draft, limits.context, isa, compiler)
-            engine: Engine = open_files(
-                directory, model.config, draft.config if draft else None, limits, default_threads()
-            )
+        if isinstance(settings, GpuProfile):
+            fields = write_gpu_engine(plan, settings)
         else:
-            reason = reason or "there is no C++ compiler (install g++ for the fast engine)"
-            say(f"The engine runs on torch in float32, because {reason}.")
-            _write_torch_files(directory, model, draft)
-            engine = TorchEngine(model, draft, limits, torch.device("cpu"), torch.float32)
+            fields = _write_cpu_engine(plan, settings, say)
         manifest = EngineManifest(
             profile=settings.name,
-            runtime="cpp" if chosen else "torch",
-            dtype="bfloat16" if chosen else "float32",
-            isa=isa.name if chosen else None,
-            cpu_flags=tuple(sorted(isa.cpu_flags)) if chosen else (),
-            versions=_versions(compiler if chosen else None),
             target=model.config,
             target_fingerprint=model.fingerprint,
             drafter=draft.config if draft else None,
             drafter_sha256=sha256_file(drafter / "model.safetensors") if drafter is not None else None,
-            limits=limits,
-            default_tree=tree or settings.default_tree,
-            latency_ms=measure(engine),
+            default_tree=plan.tree,
+            **fields,
         )
         write_manifest(directory, ENGINE_MANIFEST, ENGINE_KIND, manifest.model_dump(mode="json"))
     return manifest
+
+
+def _write_cpu_engine(plan: BuildPlan, settings: CpuProfile, say: Callable[[str], None]) -> dict[str, Any]:
+    """Write the files of an engine for this machine; returns its own fields of the manifest."""
+    model, draft = plan.target, plan.drafter
+    limits = EngineLimits(plan.slots, plan.context, settings.tokens_per_call)
+    reason = unsupported(model.config, draft.config if draft else None)
+    chosen = None if reason else choose_isa()
+    if chosen:
+        isa, compiler = chosen
+        write_files(plan.directory, model, draft, limits.context, isa, compiler)
+        config = draft.config if draft else None
+        engine: Engine = open_files(plan.directory, model.config, config, limits, default_threads())
+    else:
+        reason = reason or "there is no C++ compiler (install g++ for the fast engine)"
+        say(f"The engine runs on torch in float32, because {reason}.")
+        _write_torch_files(plan.directory, model, draft)
+        engine = TorchEngine(model, draft, limits, torch.device("cpu"), torch.float32)
+    return {
+        "runtime": "cpp" if chosen else "torch",
+        "dtype": "bfloat16" if chosen else "float32",
+        "isa": isa.name if chosen else None,
+        "cpu_flags": tuple(sorted(isa.cpu_flags)) if chosen else (),
+        "versions": _versions(compiler if chosen else None),
+        "limits": limits,
+        "latency_ms": measure(engine),
+    }
 
 
 def _write_torch_files(directory: Path, target: Target, drafter: Drafter | None) -> None:
@@ -105,7 +123,7 @@ def _write_torch_files(directory: Path, target: Target, drafter: Drafter | None)
 
 
 def _versions(compiler: str | None) -> dict[str, str]:
-    versions = {"prism_trt": prism_trt.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    versions = own_versions()
     if compiler is not None:
         done = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
         versions["compiler"] = done.stdout.splitlines()[0]

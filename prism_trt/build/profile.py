@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
@@ -17,16 +17,11 @@ else:
     import tomli as tomllib
 
 
-class Profile(StrictModel):
-    """Build settings of one kind of machine."""
-
+class _Profile(StrictModel):
     name: str
-    runtime: Literal["cpp"]
-    dtype: Literal["bfloat16"]
     default_tree: TreeShape
-    context: int = Field(ge=16)
-    slots: int = Field(ge=1)
-    tokens_per_call: int = Field(ge=16)
+    context: int = Field(ge=16, description="K/V entries per request")
+    slots: int = Field(ge=1, description="concurrent requests")
 
     @field_validator("default_tree", mode="before")
     @classmethod
@@ -34,12 +29,37 @@ class Profile(StrictModel):
         return TreeShape.parse(value) if isinstance(value, str) else value
 
 
+class CpuProfile(_Profile):
+    """Build settings of the machine that builds."""
+
+    runtime: Literal["cpp"]
+    dtypes: tuple[Literal["bfloat16"]]
+    tokens_per_call: int = Field(ge=16, description="largest prefill chunk, and batch times tree size")
+
+
+class GpuProfile(_Profile):
+    """Build settings of one kind of GPU."""
+
+    runtime: Literal["tensorrt-rtx", "tensorrt"]
+    compute_capability: str = Field(pattern=r"^\d+\.\d$")
+    memory_gib: float = Field(gt=0)
+    dtypes: tuple[Literal["float16", "bfloat16"], ...] = Field(min_length=1, description="the first is the default")
+    prefill_tokens: int = Field(ge=16, description="largest prefill chunk")
+
+
+Profile = Annotated[CpuProfile | GpuProfile, Field(discriminator="runtime")]
+
+
+class _ProfileFile(StrictModel):
+    profile: Profile
+
+
 def profile_names() -> list[str]:
     """Names of the profiles that exist."""
     return sorted(path.stem for path in resource("build").glob("*.toml"))
 
 
-def load_profile(name: str) -> Profile:
+def load_profile(name: str) -> CpuProfile | GpuProfile:
     """Read `build/<name>.toml`.
 
     Raises:
@@ -48,4 +68,4 @@ def load_profile(name: str) -> Profile:
     if name not in profile_names():
         raise PrismError(f"there is no profile {name!r}: choose one of {', '.join(profile_names())}")
     path = resource("build") / f"{name}.toml"
-    return parse(Profile, tomllib.loads(path.read_text()), str(path))
+    return parse(_ProfileFile, {"profile": tomllib.loads(path.read_text())}, str(path)).profile

@@ -150,7 +150,7 @@ class Drafter(nn.Module):
 
 def copy_modules(drafter: Drafter, num_modules: int, step_map: tuple[int, ...]) -> Drafter:
     """A drafter whose modules are all copies of module 0 of `drafter`: where PRISM tuning starts."""
-    values = drafter.config.model_dump() | {"num_modules": num_modules, "step_map": step_map}
+    values = drafter.config.model_dump() | {"kind": "prism", "num_modules": num_modules, "step_map": step_map}
     copy = Drafter(DrafterConfig.model_validate(values), drafter.draft_vocab)
     for module in copy.modules_:
         module.load_state_dict(drafter.modules_[0].state_dict())

@@ -38,7 +38,8 @@ def load_engine(path: Path, threads: int | None = None, slots: int | None = None
         slots: concurrent requests; the manifest's limit when None.
 
     Raises:
-        PrismError: the directory is not a sound engine, or was compiled for a processor with other instructions.
+        PrismError: the directory is not a sound engine, or was compiled for a processor with other instructions, or for
+            a GPU that is not here.
     """
     path = Path(path)
     manifest = read_engine_manifest(path)
@@ -48,6 +49,10 @@ def load_engine(path: Path, threads: int | None = None, slots: int | None = None
         raise PrismError(
             f"{path} was compiled for a processor with {', '.join(missing)}, which this one lacks: build it here"
         )
+    if manifest.gpu is not None:
+        from prism_trt.engines.tensorrt.runtime import open_engine
+
+        return open_engine(path, manifest)
     if manifest.runtime == "cpp":
         engine = open_files(path, manifest.target, manifest.drafter, limits, threads)
         engine.default_tree = manifest.default_tree

@@ -5,15 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import Field
+
 from prism_trt.config import DrafterConfig, StrictModel, TreeShape, parse
 from prism_trt.engines.protocol import EngineLimits
+from prism_trt.engines.tensorrt.binding import NetworkLimits
 from prism_trt.manifest import read_manifest
 from prism_trt.target.config import TargetConfig
 
 ENGINE_MANIFEST = "engine.json"
 ENGINE_KIND = "engine"
 
-Runtime = Literal["cpp", "torch"]
+Runtime = Literal["cpp", "torch", "tensorrt-rtx"]
 
 
 class LatencyTable(StrictModel):
@@ -27,12 +30,28 @@ class LatencyTable(StrictModel):
     """Whole draft round by tree (SIZE/WIDTH/DEPTH); empty without a drafter."""
 
 
+class NetworkReport(StrictModel):
+    """What TensorRT's builder made of a network."""
+
+    layers: int
+    fused_attentions: int
+    copied_weights: tuple[str, ...] = Field(description="weights that a layer copies on every call")
+
+
+class GpuEngine(StrictModel):
+    """What an engine for a GPU has besides."""
+
+    compute_capability: str
+    networks: dict[str, NetworkReport] = Field(description="by file name without its suffix")
+    limits: NetworkLimits
+
+
 class EngineManifest(StrictModel):
     """The engine's own fields of `engine.json`."""
 
     profile: str
     runtime: Runtime
-    dtype: Literal["bfloat16", "float32"]
+    dtype: Literal["bfloat16", "float16", "float32"]
     isa: str | None
     """Instruction set of the compiled library; None for the torch runtime."""
     cpu_flags: tuple[str, ...]
@@ -44,7 +63,9 @@ class EngineManifest(StrictModel):
     drafter_sha256: str | None
     limits: EngineLimits
     default_tree: TreeShape
-    latency_ms: LatencyTable
+    latency_ms: LatencyTable | None
+    """None for an engine that was built on another machine than it runs on."""
+    gpu: GpuEngine | None = None
 
 
 def read_engine_manifest(path: Path) -> EngineManifest:

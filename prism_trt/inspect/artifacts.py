@@ -6,13 +6,13 @@ import json
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from prism_trt.config import DrafterConfig
+from prism_trt.config import DrafterConfig, DrafterKind
 from prism_trt.data.feature_cache import KIND as CACHE_KIND
 from prism_trt.data.feature_cache import MANIFEST_FILE as CACHE_MANIFEST
 from prism_trt.data.feature_cache import FeatureCache
@@ -54,7 +54,7 @@ def _kind(path: Path) -> str:
             if (path / name).is_file():
                 return kind
         if (path / "config.json").is_file():
-            return "drafter" if _json_object(path / "config.json").get("kind") == "prism" else "target"
+            return "drafter" if _json_object(path / "config.json").get("kind") in get_args(DrafterKind) else "target"
     elif path.suffix == ".gguf":
         return "target"
     raise PrismError(
@@ -249,22 +249,31 @@ def _drafter_facts(config: DrafterConfig) -> dict[str, str]:
 
 
 def _engine_facts(manifest: EngineManifest) -> dict[str, str]:
-    missing = sorted(set(manifest.cpu_flags) - cpu_flags())
-    latency = manifest.latency_ms.forward
     facts = {
         "profile": manifest.profile,
         "runtime": ", ".join(filter(None, (manifest.runtime, manifest.isa, manifest.dtype))),
-        "runs on this machine": "yes" if not missing else f"no: its processor lacks {', '.join(missing)}",
+        "runs on this machine": _runs_here(manifest),
         "limits": f"{manifest.limits.slots} slots of {manifest.limits.context} tokens",
         "default tree": str(manifest.default_tree),
-        "target pass when built": ", ".join(f"{tokens} tokens {ms:.1f} ms" for tokens, ms in sorted(latency.items())),
         "target fingerprint": manifest.target_fingerprint,
         "versions": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
     }
+    if manifest.latency_ms is not None:
+        times = sorted(manifest.latency_ms.forward.items())
+        facts["target pass when built"] = ", ".join(f"{tokens} tokens {ms:.1f} ms" for tokens, ms in times)
+    if manifest.gpu is not None:
+        facts |= {f"{name} network": f"{r.layers} layers" for name, r in manifest.gpu.networks.items()}
     facts |= {f"target {name}": value for name, value in _target_facts(manifest.target).items()}
     if manifest.drafter is None:
         return facts | {"drafter": "none: plain decoding only"}
     return facts | {f"drafter {name}": value for name, value in _drafter_facts(manifest.drafter).items()}
+
+
+def _runs_here(manifest: EngineManifest) -> str:
+    if manifest.gpu is not None:
+        return f"on a GPU of compute capability {manifest.gpu.compute_capability} only"
+    missing = sorted(set(manifest.cpu_flags) - cpu_flags())
+    return "yes" if not missing else f"no: its processor lacks {', '.join(missing)}"
 
 
 def _count(parameters: Iterable[Tensor]) -> str:

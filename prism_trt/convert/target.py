@@ -1,0 +1,92 @@
+"""The target's network: every layer over the K/V pool, with tree attention.
+
+Inputs and outputs are those of `prism_trt.engines.tensorrt.names`; B, T, R and L are dynamic.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from prism_trt.convert.graph import Emitted, Graph, Value
+from prism_trt.convert.transformer import (
+    FixedWeights,
+    Pool,
+    layer_tensors,
+    linear_tensors,
+    pick,
+    rms_norm,
+    rope_constants,
+    transformer_layer,
+)
+from prism_trt.drafter.features import fed_layers
+from prism_trt.drafter.model import Drafter
+from prism_trt.engines.tensorrt.names import (
+    CALL_TOKENS,
+    FEATURES,
+    GREEDY,
+    LOGITS,
+    PICKED,
+    PICKED_TOKENS,
+    POSITIONS,
+    ROWS,
+    TOKENS,
+)
+from prism_trt.target.model import DecoderLayer, LlamaModel
+
+
+def emit_target(trt: Any, model: LlamaModel, drafter: Drafter | None, capacity: int, dtype: torch.dtype) -> Emitted:
+    """The network of `model`, which computes in `dtype` (float32 is for the walker: TensorRT does not build it).
+
+    Args:
+        trt: a module with the network API of TensorRT 11.
+        model: the target's weights, of any dtype.
+        drafter: whose features to give; when it fuses several hidden states, the fused ones.
+        capacity: entries of a slot of the K/V pool.
+        dtype: float16, bfloat16 or float32.
+    """
+    config = model.config
+    graph = Graph(trt, dtype)
+    tokens = graph.input(TOKENS, torch.int32, (ROWS, CALL_TOKENS))
+    positions = graph.input(POSITIONS, torch.int32, (ROWS, CALL_TOKENS))
+    picked = graph.input(PICKED, torch.int32, (ROWS, PICKED_TOKENS))
+    pool = Pool(graph, config, capacity, tokens)
+    rope = rope_constants(graph, config, capacity)
+    embedding = graph.weight("embedding", model.model.embed_tokens.weight)
+
+    with graph.scope("target"):
+        x = graph.gather(embedding, tokens, axis=0, name="embed")
+        states = [x]
+        for number, layer in enumerate(model.model.layers):
+            assert isinstance(layer, DecoderLayer)
+            with graph.scope(f"layers.{number}"):
+                weights = FixedWeights(graph, f"layers.{number}", layer_tensors(layer))
+                remember = partial(pool.update, number)
+                x = transformer_layer(graph, config, weights, x, positions, rope, pool.mask, remember)
+            states.append(x)
+        with graph.scope("norm"):
+            norm = FixedWeights(graph, "final", {"norm": model.model.norm.weight})
+            states[-1] = final = norm.scale(rms_norm(graph, x, config.rms_norm_eps), "norm")
+        with graph.scope("features"):
+            graph.output(FEATURES, _features(graph, model, drafter, states))
+        with graph.scope("head"):
+            name = "embedding" if config.tie_word_embeddings else "head"
+            matrix = graph.weight(name, model.head_weight)
+            matrix = graph.reshape(matrix, (1, config.vocab_size, config.hidden_size), name="matrix")
+            logits = graph.matmul_transposed(pick(graph, final, picked), matrix, "logits")
+            logits = graph.cast(logits, torch.float32)
+            graph.output(LOGITS, logits)
+            _, greedy = graph.top(logits, 1, "argmax")
+            graph.output(GREEDY, graph.reshape(greedy, (0, 0), name="greedy"))
+    return graph.finish()
+
+
+def _features(graph: Graph, model: LlamaModel, drafter: Drafter | None, states: list[Value]) -> Value:
+    """[B, T, H]: the hidden state that the drafter is fed, or the fusion of several."""
+    fed = [states[i] for i in fed_layers(model.config, drafter.config if drafter else None)]
+    joined = graph.concat(fed, 2)
+    if drafter is None or drafter.fusion is None:
+        return graph.identity(joined, "features")
+    return FixedWeights(graph, "features", linear_tensors(drafter.fusion, "fusion")).linear(joined, "fusion")

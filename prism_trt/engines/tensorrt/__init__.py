@@ -1,0 +1,1 @@
+"""The engine protocol over networks that `prism_trt.convert` emits."""

@@ -1,0 +1,12 @@
+"""The files of an engine for a GPU."""
+
+from __future__ import annotations
+
+TARGET, STEP, ROUND = "target", "step", "round"
+"""The networks."""
+DRAFT_VOCAB = "draft_vocab.safetensors"
+
+
+def plan_file(network: str) -> str:
+    """File name of a network's compiled plan."""
+    return f"{network}.plan"

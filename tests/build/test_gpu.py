@@ -1,0 +1,58 @@
+"""Engines for GPUs that are not here: compiled, checked and refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from prism_trt.build import build_engine
+from prism_trt.drafter.checkpoint import save_drafter
+from prism_trt.engines.loading import load_engine
+from prism_trt.engines.manifest import read_engine_manifest
+from prism_trt.errors import PrismError
+from prism_trt.inspect.artifacts import inspect_path
+from prism_trt.target.loading import save_hf
+from tests.tiny import tiny_drafter, tiny_target
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Tiny models whose heads are wide enough for TensorRT's fused attention."""
+    directory = tmp_path_factory.mktemp("models")
+    target = tiny_target(hidden_size=128, head_dim=64)
+    save_hf(target, directory / "target")
+    save_drafter(tiny_drafter(target), directory / "drafter")
+    return directory / "target", directory / "drafter"
+
+
+@pytest.mark.parametrize(("gpu", "capability", "dtype"), [("a100", "8.0", None), ("rtx4090", "8.9", "bfloat16")])
+def test_an_engine_for_another_machine(
+    models: tuple[Path, Path], tmp_path: Path, gpu: str, capability: str, dtype: str | None
+) -> None:
+    out = tmp_path / "engine"
+    build_engine(profile=gpu, target=models[0], drafter=models[1], out=out, context=96, slots=2, dtype=dtype)
+    manifest = read_engine_manifest(out)
+    assert (manifest.runtime, manifest.dtype) == ("tensorrt-rtx", dtype or "float16")
+    assert manifest.gpu is not None and manifest.gpu.compute_capability == capability
+    networks = manifest.gpu.networks
+    assert set(networks) == {"target", "step", "round"}
+    assert networks["target"].fused_attentions == 2
+    assert networks["round"].fused_attentions == manifest.default_tree.depth
+    assert not networks["round"].copied_weights and networks["step"].copied_weights
+    assert {path.name for path in out.glob("*.plan")} == {"target.plan", "step.plan", "round.plan"}
+    report = inspect_path(out)
+    assert report.facts["runs on this machine"] == f"on a GPU of compute capability {capability} only"
+    with pytest.raises(PrismError, match="no CUDA device here"):
+        load_engine(out)
+
+
+def test_refusals_leave_nothing_behind(models: tuple[Path, Path], tmp_path: Path) -> None:
+    for arguments, message in [
+        ({"profile": "h800"}, "TensorRT on the GPU itself"),
+        ({"profile": "rtx4090", "dtype": "float32"}, "float16 or bfloat16, not in float32"),
+        ({"profile": "rtx4090", "slots": 400_000}, r"room for 21\.6: lower --slots"),
+    ]:
+        with pytest.raises(PrismError, match=message):
+            build_engine(target=models[0], drafter=models[1], out=tmp_path / "engine", context=96, **arguments)  # type: ignore[arg-type]
+        assert not list(tmp_path.iterdir())
