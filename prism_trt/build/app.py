@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from prism_trt.config import TreeShape
+from prism_trt.errors import PrismError
 
 
 def app() -> typer.Typer:
@@ -16,8 +17,9 @@ def app() -> typer.Typer:
 
     @command.command()
     def build(
-        target: Annotated[Path, typer.Option(help="target: HF directory or GGUF file")],
         out: Annotated[Path, typer.Option(help="engine directory to write")],
+        target: Annotated[Path | None, typer.Option(help="target: HF directory or GGUF file")] = None,
+        bundle: Annotated[Path | None, typer.Option(help="finish this bundle, on the GPU it is for")] = None,
         drafter: Annotated[Path | None, typer.Option(help="drafter checkpoint; without it only plain decoding")] = None,
         gpu: Annotated[str, typer.Option(help="profile: cpu, a100, rtx4090 or h800")] = "cpu",
         tree: Annotated[str | None, typer.Option(help="default draft tree, SIZE/WIDTH/DEPTH")] = None,
@@ -27,8 +29,15 @@ def app() -> typer.Typer:
         overwrite: Annotated[bool, typer.Option(help="replace an existing engine")] = False,
     ) -> None:
         """Build an engine directory with a checked manifest."""
-        from prism_trt.build.builder import build_engine
+        from prism_trt.build.builder import build_engine, finish_bundle
+        from prism_trt.build.bundle import BundleManifest
 
+        if bundle is not None:
+            finish_bundle(bundle, out, overwrite)
+            typer.echo(f"{out}: compiled from {bundle}")
+            return
+        if target is None:
+            raise PrismError("--target is missing: name the model to build an engine for, or a --bundle to finish")
         shape = TreeShape.parse(tree) if tree is not None else None
         manifest = build_engine(
             profile=gpu,
@@ -42,6 +51,13 @@ def app() -> typer.Typer:
             overwrite=overwrite,
             say=typer.echo,
         )
+        if isinstance(manifest, BundleManifest):
+            errors = ", ".join(f"{name} {error:.2%}" for name, error in manifest.deviation.items())
+            typer.echo(
+                f"{out}: bundle for {gpu}, its networks checked on this processor (deviation from float32: {errors}); "
+                f"copy it to a host with that GPU and run: python -m prism_trt.build --bundle {out.name} --out engine"
+            )
+            return
         latency = "" if manifest.latency_ms is None else f"; one token takes {manifest.latency_ms.forward[1]:.1f} ms"
         typer.echo(
             f"{out}: {manifest.runtime} engine ({manifest.isa or manifest.dtype}), context {manifest.limits.context}, "

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from prism_trt.build.gpu import write_gpu_engine
+from prism_trt.build.bundle import BundleManifest, read_bundle, write_bundle
+from prism_trt.build.gpu import compiles_here, gpu_limits, import_tensorrt, write_gpu_engine
 from prism_trt.build.latency import measure
 from prism_trt.build.plan import BuildPlan, own_versions
 from prism_trt.build.profile import CpuProfile, GpuProfile, load_profile
@@ -38,8 +39,10 @@ def build_engine(
     dtype: str | None = None,
     overwrite: bool = False,
     say: Callable[[str], None] = print,
-) -> EngineManifest:
+) -> EngineManifest | BundleManifest:
     """Build the engine of `profile` for `target` (HF directory or GGUF file) and `drafter` (checkpoint directory).
+
+    Where the profile's compiler needs a GPU that is not here, a bundle is written instead (see `finish_bundle`).
 
     Args:
         profile: name of a file in `build/`.
@@ -73,7 +76,11 @@ def build_engine(
         )
         model.tokenizer.save(directory / TOKENIZER_DIRECTORY)
         if isinstance(settings, GpuProfile):
-            fields = write_gpu_engine(plan, settings)
+            limits = gpu_limits(plan, settings)
+            if not compiles_here(settings):
+                trt = import_tensorrt("tensorrt-rtx")
+                return write_bundle(trt, plan, settings, limits, plan.dtype or settings.dtypes[0])
+            fields = write_gpu_engine(plan, settings, limits)
         else:
             fields = _write_cpu_engine(plan, settings, say)
         manifest = EngineManifest(
@@ -87,6 +94,35 @@ def build_engine(
         )
         write_manifest(directory, ENGINE_MANIFEST, ENGINE_KIND, manifest.model_dump(mode="json"))
     return manifest
+
+
+def finish_bundle(bundle: Path, out: Path, overwrite: bool = False) -> EngineManifest:
+    """Compile a bundle on the GPU that it is for.
+
+    Raises:
+        PrismError: `bundle` is not an intact bundle, or its GPU is not here.
+    """
+    manifest = read_bundle(bundle)
+    settings = load_profile(manifest.profile)
+    assert isinstance(settings, GpuProfile)
+    if not compiles_here(settings):
+        raise PrismError(
+            f"{bundle} is for {settings.name}, which this machine does not have: run this command on a host with one"
+        )
+    drafter = bundle / DRAFTER_DIRECTORY if manifest.drafter is not None else None
+    built = build_engine(
+        profile=manifest.profile,
+        target=bundle / TARGET_DIRECTORY,
+        drafter=drafter,
+        out=out,
+        tree=manifest.default_tree,
+        context=manifest.limits.context,
+        slots=manifest.limits.slots,
+        dtype=manifest.dtype,
+        overwrite=overwrite,
+    )
+    assert isinstance(built, EngineManifest)
+    return built
 
 
 def _write_cpu_engine(plan: BuildPlan, settings: CpuProfile, say: Callable[[str], None]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Engines for NVIDIA GPUs: networks compiled by TensorRT-RTX, which needs no GPU to do so."""
+"""Engines for NVIDIA GPUs: networks compiled by TensorRT-RTX, which needs no GPU, or by TensorRT beside one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from prism_trt.convert.layers import copied_weights, expanded_heads, fused_atten
 from prism_trt.convert.target import emit_target
 from prism_trt.engines.manifest import GpuEngine, NetworkReport
 from prism_trt.engines.tensorrt.binding import NetworkLimits
-from prism_trt.engines.tensorrt.files import DRAFT_VOCAB, ROUND, STEP, TARGET, plan_file
+from prism_trt.engines.tensorrt.files import BINDINGS, DRAFT_VOCAB, ROUND, STEP, TARGET, plan_file
 from prism_trt.errors import PrismError
 from prism_trt.progress import progress
 from prism_trt.target.config import TargetConfig
@@ -27,24 +27,38 @@ _RESERVE = 0.1
 """Share of the GPU's memory left to activations and the runtime itself."""
 
 
-def write_gpu_engine(plan: BuildPlan, settings: GpuProfile) -> dict[str, Any]:
+def gpu_limits(plan: BuildPlan, settings: GpuProfile) -> NetworkLimits:
+    """What the networks of `plan` are built for.
+
+    Raises:
+        PrismError: weights and K/V do not fit the GPU of `settings`.
+    """
+    limits = NetworkLimits(plan.slots, plan.context, min(settings.prefill_tokens, plan.context), plan.tree.size)
+    _require_memory(plan, settings, limits)
+    return limits
+
+
+def compiles_here(settings: GpuProfile) -> bool:
+    """Whether this machine can compile for the GPU of `settings`: TensorRT itself needs that GPU."""
+    if settings.runtime == "tensorrt-rtx":
+        return True
+    if not torch.cuda.is_available():
+        return False
+    return "{}.{}".format(*torch.cuda.get_device_capability()) == settings.compute_capability
+
+
+def write_gpu_engine(plan: BuildPlan, settings: GpuProfile, limits: NetworkLimits) -> dict[str, Any]:
     """Compile the networks of `plan` for the GPU of `settings`; returns the engine's own fields of the manifest.
 
     Raises:
-        PrismError: weights and K/V do not fit the GPU, the bindings are not installed, TensorRT refuses a network, or
-            the plan is not what it should be (attention not fused, K/V copied to every head, weights of the round
-            network copied).
+        PrismError: the bindings are not installed, TensorRT refuses a network, or the plan is not what it should be
+            (attention not fused, K/V copied to every head, weights of the round network copied).
     """
-    if settings.runtime == "tensorrt":
-        raise PrismError(
-            f"an engine for {settings.name} is compiled by TensorRT on the GPU itself, which this version does not do "
-            "yet: choose a100 or rtx4090"
-        )
-    trt = import_tensorrt_rtx()
+    trt = import_tensorrt(settings.runtime)
     dtype = getattr(torch, plan.dtype or settings.dtypes[0])
-    limits = NetworkLimits(plan.slots, plan.context, min(settings.prefill_tokens, plan.context), plan.tree.size)
-    require_memory(plan, settings, limits)
-    capability = f"SM{settings.compute_capability.replace('.', '')}"
+    capability = None
+    if settings.runtime == "tensorrt-rtx":
+        capability = f"SM{settings.compute_capability.replace('.', '')}"
     reports = {}
     for name, network in _networks(trt, plan, limits, dtype):
         with progress(f"compiling {name}") as reporter:
@@ -60,33 +74,31 @@ def write_gpu_engine(plan: BuildPlan, settings: GpuProfile) -> dict[str, Any]:
         "dtype": str(dtype).removeprefix("torch."),
         "isa": None,
         "cpu_flags": (),
-        "versions": own_versions() | {"tensorrt_rtx": trt.__version__},
+        "versions": own_versions() | {settings.runtime: trt.__version__},
         "limits": limits.engine,
         "latency_ms": None,
         "gpu": GpuEngine(compute_capability=settings.compute_capability, networks=reports, limits=limits),
     }
 
 
-def import_tensorrt_rtx() -> Any:
-    """The bindings of TensorRT-RTX.
+def import_tensorrt(runtime: str) -> Any:
+    """The Python bindings of `runtime`; both have the network API that networks are emitted through.
 
     Raises:
         PrismError: they are not installed.
     """
     try:
-        return importlib.import_module("tensorrt_rtx_bindings")
-    except ModuleNotFoundError:
-        raise PrismError(
-            "engines for this GPU are compiled by TensorRT-RTX: install it with pip install 'prism-trt[tensorrt-rtx]'"
-        ) from None
+        return importlib.import_module(BINDINGS[runtime])
+    except ImportError:
+        raise PrismError(f"this needs {runtime}: install it with pip install 'prism-trt[{runtime}]'") from None
 
 
-def pool_bytes(config: TargetConfig, limits: NetworkLimits) -> int:
+def _pool_bytes(config: TargetConfig, limits: NetworkLimits) -> int:
     """Size of the target's K/V pool in a type of two bytes."""
     return 4 * config.num_layers * limits.slots * config.num_kv_heads * limits.capacity * config.head_dim
 
 
-def require_memory(plan: BuildPlan, settings: GpuProfile, limits: NetworkLimits) -> None:
+def _require_memory(plan: BuildPlan, settings: GpuProfile, limits: NetworkLimits) -> None:
     """Refuse what cannot fit: weights (of drafter networks, too) and the K/V pool, in two bytes per number.
 
     Raises:
@@ -98,7 +110,7 @@ def require_memory(plan: BuildPlan, settings: GpuProfile, limits: NetworkLimits)
         own = sum(parameter.numel() for parameter in plan.drafter.parameters())
         table = plan.target.config.vocab_size + (plan.drafter.config.draft_vocab_size or 0)
         weights += 2 * (own + table * plan.drafter.config.hidden_size)
-    need = (2 * weights + pool_bytes(plan.target.config, limits)) / 2**30
+    need = (2 * weights + _pool_bytes(plan.target.config, limits)) / 2**30
     room = settings.memory_gib * (1 - _RESERVE)
     if need > room:
         raise PrismError(

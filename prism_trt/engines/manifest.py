@@ -16,7 +16,7 @@ from prism_trt.target.config import TargetConfig
 ENGINE_MANIFEST = "engine.json"
 ENGINE_KIND = "engine"
 
-Runtime = Literal["cpp", "torch", "tensorrt-rtx"]
+Runtime = Literal["cpp", "torch", "tensorrt-rtx", "tensorrt"]
 
 
 class LatencyTable(StrictModel):

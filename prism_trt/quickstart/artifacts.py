@@ -10,12 +10,14 @@ from pathlib import Path
 import prism_trt
 from prism_trt.build import build_engine
 from prism_trt.config import DrafterConfig, GenerationConfig, TrainConfig, parse_json_file
+from prism_trt.data.prompts import PromptConfig
 from prism_trt.deploy.repository import read_repository, write_repository
 from prism_trt.engines.cpu.library import cpu_flags, find_compiler
 from prism_trt.engines.manifest import ENGINE_MANIFEST, EngineManifest, read_engine_manifest
 from prism_trt.errors import PrismError
 from prism_trt.manifest import sha256_file, sha256_json
-from prism_trt.train.run import RunPaths, run_training
+from prism_trt.train.run import RunOptions, RunPaths, run_training
+from prism_trt.train.world import ALONE
 
 PROMPTS = Path(__file__).with_name("prompts.jsonl")
 SHIPPED = Path(__file__).parents[1] / "assets" / "smollm2-135m-instruct-prism"
@@ -69,7 +71,8 @@ def prepare_drafter(
     key = sha256_json([sha256_file(prompts), generation.model_dump(), training.model_dump()])
     scratch = work / f"training-{key[:12]}"
     paths = RunPaths(target, prompts, drafter, scratch, scratch / "cache")
-    run_training(paths, generation, training, SLOTS, None, True, ["prism_trt.quickstart"])
+    options = RunOptions(slots=SLOTS, overwrite=True)
+    run_training(paths, PromptConfig(), generation, training, options, ALONE, ["prism_trt.quickstart"])
     shutil.rmtree(scratch)
     return Artifact(drafter, False)
 

@@ -10,6 +10,7 @@ from prism_trt.build import build_engine
 from prism_trt.drafter.checkpoint import save_drafter
 from prism_trt.engines.cpu.engine import CpuEngine
 from prism_trt.engines.loading import load_engine
+from prism_trt.engines.manifest import EngineManifest
 from prism_trt.engines.torch_engine import TorchEngine
 from prism_trt.errors import PrismError
 from prism_trt.speculative.decoder import Request, generate
@@ -30,8 +31,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def built(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("built") / "engine"
     manifest = build_engine(target=models[0], drafter=models[1], out=out, context=128)
-    assert manifest.runtime == "cpp"
-    assert manifest.latency_ms.forward[1] > 0
+    assert isinstance(manifest, EngineManifest) and manifest.runtime == "cpp"
+    assert manifest.latency_ms is not None and manifest.latency_ms.forward[1] > 0
     return out
 
 
@@ -51,6 +52,7 @@ def test_without_a_compiler_torch_serves(
     remarks: list[str] = []
     out = tmp_path / "engine"
     manifest = build_engine(target=models[0], drafter=models[1], out=out, context=128, say=remarks.append)
+    assert isinstance(manifest, EngineManifest)
     assert (manifest.runtime, manifest.dtype, manifest.isa) == ("torch", "float32", None)
     assert len(remarks) == 1
     assert "no C++ compiler" in remarks[0]

@@ -7,12 +7,16 @@ from pathlib import Path
 import pytest
 
 from prism_trt.build import build_engine
-from prism_trt.drafter.checkpoint import save_drafter
-from prism_trt.engines.loading import load_engine
+from prism_trt.build.builder import finish_bundle
+from prism_trt.build.bundle import BundleManifest
+from prism_trt.convert.walker import make_walker_engine
+from prism_trt.drafter.checkpoint import load_drafter, save_drafter, weights_sha256
+from prism_trt.engines.loading import DRAFTER_DIRECTORY, TARGET_DIRECTORY, load_engine
 from prism_trt.engines.manifest import read_engine_manifest
+from prism_trt.engines.protocol import Engine
 from prism_trt.errors import PrismError
 from prism_trt.inspect.artifacts import inspect_path
-from prism_trt.target.loading import save_hf
+from prism_trt.target.loading import Target, load_target, save_hf
 from tests.tiny import tiny_drafter, tiny_target
 
 
@@ -49,10 +53,39 @@ def test_an_engine_for_another_machine(
 
 def test_refusals_leave_nothing_behind(models: tuple[Path, Path], tmp_path: Path) -> None:
     for arguments, message in [
-        ({"profile": "h800"}, "TensorRT on the GPU itself"),
         ({"profile": "rtx4090", "dtype": "float32"}, "float16 or bfloat16, not in float32"),
         ({"profile": "rtx4090", "slots": 400_000}, r"room for 21\.6: lower --slots"),
     ]:
         with pytest.raises(PrismError, match=message):
             build_engine(target=models[0], drafter=models[1], out=tmp_path / "engine", context=96, **arguments)  # type: ignore[arg-type]
         assert not list(tmp_path.iterdir())
+
+
+def test_a_bundle_for_a_gpu_whose_compiler_needs_it(models: tuple[Path, Path], tmp_path: Path) -> None:
+    """The weights come through unchanged, and a network that computes something else would be noticed."""
+    out = tmp_path / "bundle"
+    manifest = build_engine(profile="h800", target=models[0], drafter=models[1], out=out, context=96, slots=2)
+    assert isinstance(manifest, BundleManifest)
+    assert set(manifest.deviation) == {"target", "step"}
+    assert all(0 < error < 0.02 for error in manifest.deviation.values())
+    target = load_target(models[0])
+    bundled = load_target(out / TARGET_DIRECTORY)
+    assert bundled.fingerprint == target.fingerprint
+    assert weights_sha256(load_drafter(out / DRAFTER_DIRECTORY, bundled)) == weights_sha256(load_drafter(models[1]))
+    with pytest.raises(PrismError, match="is for h800, which this machine does not have"):
+        finish_bundle(out, tmp_path / "engine")
+    with pytest.raises(PrismError, match="engine"):
+        load_engine(out)
+    assert not (tmp_path / "engine").exists()
+
+
+def test_a_wrong_network_is_not_bundled(
+    models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def another_model(trt: object, target: Target, *rest: object) -> Engine:
+        return make_walker_engine(trt, tiny_target(seed=9, hidden_size=128, head_dim=64), *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("prism_trt.build.bundle.make_walker_engine", another_model)
+    with pytest.raises(PrismError, match="target network in float16 deviates by"):
+        build_engine(profile="h800", target=models[0], drafter=models[1], out=tmp_path / "bundle", context=96)
+    assert not list(tmp_path.iterdir())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 TARGET, STEP, ROUND = "target", "step", "round"
 """The networks."""
+BINDINGS = {"tensorrt-rtx": "tensorrt_rtx_bindings", "tensorrt": "tensorrt"}
+"""Python packages of the runtimes."""
 DRAFT_VOCAB = "draft_vocab.safetensors"
 
 

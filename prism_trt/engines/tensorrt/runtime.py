@@ -17,10 +17,8 @@ from torch import Tensor
 from prism_trt.drafter.model import Drafter
 from prism_trt.engines.manifest import EngineManifest
 from prism_trt.engines.tensorrt.engine import FusedNetworkEngine, NetworkEngine
-from prism_trt.engines.tensorrt.files import DRAFT_VOCAB, ROUND, STEP, TARGET, plan_file
+from prism_trt.engines.tensorrt.files import BINDINGS, DRAFT_VOCAB, ROUND, STEP, TARGET, plan_file
 from prism_trt.errors import PrismError
-
-_BINDINGS = {"tensorrt-rtx": "tensorrt_rtx_bindings"}
 
 
 class CompiledNetwork:
@@ -83,7 +81,7 @@ def open_engine(path: Path, manifest: EngineManifest) -> NetworkEngine:
             "this GPU"
         )
     try:
-        trt = importlib.import_module(_BINDINGS[manifest.runtime])
+        trt = importlib.import_module(BINDINGS[manifest.runtime])
     except ModuleNotFoundError:
         raise PrismError(f"{path} needs {manifest.runtime}: pip install 'prism-trt[{manifest.runtime}]'") from None
     device, dtype = torch.device("cuda", torch.cuda.current_device()), getattr(torch, manifest.dtype)

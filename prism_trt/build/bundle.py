@@ -1,0 +1,124 @@
+"""Bundles: everything an engine is made of, for a GPU whose compiler runs only beside it.
+
+A bundle is built and checked anywhere; the GPU host compiles it with one command. It holds the weights in Hugging Face
+spelling, the tokenizer, the drafter and ``bundle.json``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prism_trt.build.plan import BuildPlan, own_versions
+from prism_trt.build.profile import GpuProfile
+from prism_trt.config import DrafterConfig, StrictModel, TreeShape, parse
+from prism_trt.convert.walker import make_walker_engine
+from prism_trt.drafter.checkpoint import save_drafter
+from prism_trt.engines.loading import DRAFTER_DIRECTORY, TARGET_DIRECTORY
+from prism_trt.engines.protocol import Engine, TokenBatch
+from prism_trt.engines.tensorrt.binding import NetworkLimits
+from prism_trt.engines.torch_engine import TorchEngine
+from prism_trt.errors import PrismError
+from prism_trt.manifest import read_manifest, write_manifest
+from prism_trt.target.config import TargetConfig
+from prism_trt.target.loading import save_hf
+
+MANIFEST = "bundle.json"
+KIND = "engine bundle"
+_TOKENS = 8
+_MOST_DEVIATION = {"float16": 0.02, "bfloat16": 0.15}
+"""Root mean square error of logits over their size that rounding explains; a wrong network is off by about 1."""
+
+
+class BundleManifest(StrictModel):
+    """The bundle's own fields of ``bundle.json``."""
+
+    profile: str
+    dtype: str
+    limits: NetworkLimits
+    default_tree: TreeShape
+    target: TargetConfig
+    target_fingerprint: str
+    drafter: DrafterConfig | None
+    versions: dict[str, str]
+    deviation: dict[str, float]
+    """Of each network's logits from torch's in float32, relative; the networks were evaluated on a processor."""
+
+
+def write_bundle(trt: Any, plan: BuildPlan, settings: GpuProfile, limits: NetworkLimits, dtype: str) -> BundleManifest:
+    """Check the networks of `plan` on this processor and write the bundle into its directory.
+
+    Args:
+        trt: a module with the network API of TensorRT 11.
+
+    Raises:
+        PrismError: a network does not compute what the model does.
+    """
+    target, drafter = plan.target, plan.drafter
+    deviation = _deviations(trt, plan, dtype)
+    if wrong := {name: error for name, error in deviation.items() if error > _MOST_DEVIATION[dtype]}:
+        name, error = next(iter(wrong.items()))
+        raise PrismError(
+            f"the {name} network in {dtype} deviates by {error:.0%} from the model, more than rounding explains: "
+            "choose the other --dtype"
+        )
+    save_hf(target, plan.directory / TARGET_DIRECTORY)
+    if drafter is not None:
+        save_drafter(drafter, plan.directory / DRAFTER_DIRECTORY)
+    manifest = BundleManifest(
+        profile=settings.name,
+        dtype=dtype,
+        limits=limits,
+        default_tree=plan.tree,
+        target=target.config,
+        target_fingerprint=target.fingerprint,
+        drafter=drafter.config if drafter else None,
+        versions=own_versions(),
+        deviation=deviation,
+    )
+    write_manifest(plan.directory, MANIFEST, KIND, manifest.model_dump(mode="json"))
+    return manifest
+
+
+def read_bundle(path: Path) -> BundleManifest:
+    """Read and check the manifest of the bundle `path`.
+
+    Raises:
+        PrismError: it is missing, damaged, or a file of the bundle is missing or truncated.
+    """
+    values = read_manifest(path, MANIFEST, KIND)
+    fields = {key: value for key, value in values.items() if key not in ("format", "kind", "files")}
+    return parse(BundleManifest, fields, str(Path(path) / MANIFEST))
+
+
+def _deviations(trt: Any, plan: BuildPlan, dtype: str) -> dict[str, float]:
+    """Relative error of logits: a prefill of the target, then draft steps 0 and 1."""
+    limits = NetworkLimits(1, 4 * _TOKENS, 2 * _TOKENS, plan.tree.size)
+    exact = TorchEngine(plan.target, plan.drafter, limits.engine, torch.device("cpu"), torch.float32)
+    walked = make_walker_engine(trt, plan.target, plan.drafter, limits, getattr(torch, dtype))
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, plan.target.config.vocab_size, (1, _TOKENS), generator=generator)
+    batch = _batch(tokens, 0)
+    expected, found = exact.forward(batch), walked.forward(batch)
+    deviation = {"target": _error(found.logits, expected.logits)}
+    if plan.drafter is not None:
+        # The walked target fuses multi features itself, so each engine is fed with its own.
+        first = [engine.extend(batch, output.features) for engine, output in ((exact, expected), (walked, found))]
+        fed = _batch(tokens[:, :1], _TOKENS)
+        engines: tuple[Engine, Engine] = (exact, walked)
+        second = [engine.step(1, fed, output.hidden) for engine, output in zip(engines, first, strict=True)]
+        deviation["step"] = max(_error(b.logits, a.logits) for a, b in (first, second))
+    return deviation
+
+
+def _batch(tokens: torch.Tensor, length: int) -> TokenBatch:
+    row = torch.zeros(1, dtype=torch.int64)
+    count = tokens.shape[1]
+    return TokenBatch(tokens, torch.arange(length, length + count)[None], row, row + length, row + count)
+
+
+def _error(found: torch.Tensor | None, expected: torch.Tensor | None) -> float:
+    assert found is not None and expected is not None
+    return float((found.float() - expected).norm() / expected.norm())
