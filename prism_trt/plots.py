@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 
 from prism_trt.manifest import atomic_file
 
-Bounds = tuple[float, float]
+Bounded = tuple[float, float, float]
+"""A value with the ends of its interval: (value, low, high)."""
 
 
 def step_acceptance_figure(series: Mapping[str, Sequence[float | None]]) -> Figure:
@@ -26,25 +27,17 @@ def step_acceptance_figure(series: Mapping[str, Sequence[float | None]]) -> Figu
 
 
 def bars_figure(
-    groups: Sequence[str],
-    series: Mapping[str, Sequence[float | None]],
-    bounds: Mapping[str, Sequence[Bounds | None]],
-    ylabel: str,
-    baseline: float | None = None,
+    groups: Sequence[str], series: Mapping[str, Sequence[Bounded | None]], ylabel: str, baseline: float | None = None
 ) -> Figure:
-    """Grouped bars with error bars, and a dashed `baseline` when given."""
-    figure = Figure(figsize=(max(6.0, 1.1 * len(groups)), 4), layout="constrained")
+    """Grouped bars with error bars, one colour per name, and a dashed `baseline` when given; None is a gap."""
+    figure = Figure(figsize=(max(6.0, 0.5 * len(groups) * (1 + len(series))), 4), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / max(1, len(series))
     for index, (name, values) in enumerate(series.items()):
-        places = [group + (index - (len(series) - 1) / 2) * width for group in range(len(groups))]
-        heights = [value or 0.0 for value in values]
-        axes.bar(places, heights, width=0.95 * width, label=name)
-        for place, height, interval in zip(places, heights, bounds.get(name, ()), strict=False):
-            if interval is not None:
-                low, high = interval
-                errors = [[max(0.0, height - low)], [max(0.0, high - height)]]
-                axes.errorbar(place, height, yerr=errors, color="black", capsize=3)
+        known = [(group, value) for group, value in enumerate(values) if value is not None]
+        places = [group + (index - (len(series) - 1) / 2) * width for group, _ in known]
+        heights, errors = _heights_and_errors([value for _, value in known])
+        axes.bar(places, heights, width=0.95 * width, label=name, yerr=errors, capsize=3)
     if baseline is not None:
         axes.axhline(baseline, color="grey", linestyle="--", linewidth=1)
     axes.set_xticks(range(len(groups)), groups)
@@ -54,7 +47,27 @@ def bars_figure(
     return figure
 
 
+def scaling_figure(series: Mapping[str, Sequence[tuple[float, Bounded]]], xlabel: str, ylabel: str) -> Figure:
+    """Lines of values with error bars over a logarithmic x axis, one per name."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, points in series.items():
+        heights, errors = _heights_and_errors([value for _, value in points])
+        axes.errorbar([x for x, _ in points], heights, yerr=errors, fmt="o-", capsize=3, label=name)
+    axes.set(xscale="log", xlabel=xlabel, ylabel=ylabel)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
 def save_figure(figure: Figure, path: Path) -> None:
     """Write `figure` as PNG, atomically."""
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
+
+
+def _heights_and_errors(values: Sequence[Bounded]) -> tuple[list[float], tuple[list[float], list[float]]]:
+    """Values, and how far their intervals reach below and above them."""
+    below = [max(0.0, value - low) for value, low, _ in values]
+    above = [max(0.0, high - value) for value, _, high in values]
+    return [value for value, _, _ in values], (below, above)

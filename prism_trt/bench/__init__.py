@@ -1,1 +1,1 @@
-"""Measure acceptance length and decoding speed of an engine against its own vanilla decoding and against peers."""
+"""Measure acceptance length and decoding speed of drafting methods against vanilla decoding and against peers."""

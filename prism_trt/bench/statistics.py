@@ -2,85 +2,113 @@
 
 Acceptance length (AL) is committed tokens per verification pass of the target, the bonus token included. It is given
 pooled (sum of tokens / sum of passes, as SGLang-based evaluations do) and as the mean over questions of per-question
-ratios (as the torch evaluations of EAGLE, HASS and PRISM do). Arrays are float64 [Q], one entry per question.
+ratios (as the torch evaluations of EAGLE, HASS and PRISM do).
+
+Shape legend: S training seeds, Q questions, B bootstrap samples. Counts are float64 [S, Q]: every training seed of a
+method answers every question. A figure is computed for all samples at once, [1 + B]; its entry 0 is the data as it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-Indices = NDArray[np.int64]
 
 LEVEL = 0.95
 
 
-def pooled_ratio(numerators: Array, denominators: Array) -> float | None:
-    """sum(numerators) / sum(denominators); None when the denominators sum to 0."""
-    total = float(denominators.sum())
-    return float(numerators.sum()) / total if total > 0 else None
+@dataclass(frozen=True)
+class Draws:
+    """How often each question and each training seed is in each sample; sample 0 has all of them once."""
+
+    questions: Array
+    """[1 + B, Q]."""
+    seeds: Array
+    """[1 + B, S]."""
+
+    def total(self, counts: Array) -> Array:
+        """[1 + B] sums of `counts` [S, Q]."""
+        sums: Array = ((self.questions @ counts.T) * self.seeds).sum(axis=1)
+        return sums
+
+    def within(self, members: NDArray[np.bool_]) -> Draws:
+        """The same draws without the questions outside `members` [Q]."""
+        return Draws(self.questions * members, self.seeds)
 
 
-def mean_ratio(numerators: Array, denominators: Array) -> float | None:
-    """Mean of per-question ratios over the questions whose denominator is positive; None when there is none."""
-    valid = denominators > 0
-    return float((numerators[valid] / denominators[valid]).mean()) if valid.any() else None
+def draw_questions(strata: Sequence[str], samples: int, seed: int) -> Array:
+    """`Draws.questions`: questions drawn with replacement within their stratum (question set).
 
-
-def resample(strata: Sequence[str], samples: int, seed: int) -> Indices:
-    """Bootstrap indices [samples, Q]: questions drawn with replacement within their stratum (question set).
-
-    Sets are a fixed part of the benchmark, so only the choice of questions within them is resampled.
+    Sets are a fixed part of the benchmark, so only the choice of questions within them is resampled. Methods that are
+    compared share these draws, because they answer the same questions.
     """
     generator = np.random.default_rng(seed)
     names = np.asarray(strata)
-    drawn = np.empty((samples, len(names)), dtype=np.int64)
+    drawn = np.ones((1 + samples, len(names)))
     for name in dict.fromkeys(strata):
         members = np.flatnonzero(names == name)
-        drawn[:, members] = members[generator.integers(0, len(members), size=(samples, len(members)))]
+        drawn[1:, members] = _occurrences(generator.integers(0, len(members), size=(samples, len(members))))
     return drawn
 
 
-def interval(values: Array) -> tuple[float, float] | None:
-    """Central `LEVEL` percentile interval of bootstrap `values` [samples]; non-finite samples are dropped."""
-    finite = values[np.isfinite(values)]
-    if len(finite) == 0:
+def draw_seeds(count: int, samples: int, seed: int | Sequence[int]) -> Array:
+    """`Draws.seeds`: `count` training seeds drawn with replacement, apart from the questions.
+
+    With few seeds the interval is too narrow: a bootstrap of S values has (S - 1) / S of their unbiased variance.
+    """
+    drawn = np.ones((1 + samples, count))
+    drawn[1:] = _occurrences(np.random.default_rng(seed).integers(0, count, size=(samples, count)))
+    return drawn
+
+
+def _occurrences(picks: NDArray[np.int64]) -> Array:
+    """How often each of 0..n-1 is in each row of `picks` [B, n]."""
+    rows, columns = picks.shape
+    flat = picks + columns * np.arange(rows)[:, None]
+    return np.bincount(flat.ravel(), minlength=rows * columns).reshape(rows, columns).astype(float)
+
+
+def pooled_ratio(numerators: Array, denominators: Array, draws: Draws) -> Array:
+    """sum(numerators) / sum(denominators); not finite where the denominators sum to 0."""
+    return divide(draws.total(numerators), draws.total(denominators))
+
+
+def mean_ratio(numerators: Array, denominators: Array, draws: Draws) -> Array:
+    """Mean of the ratios of each seed and question, over those whose denominator is positive."""
+    valid = (denominators > 0).astype(float)
+    ratios = np.where(valid > 0, numerators / np.where(valid > 0, denominators, 1.0), 0.0)
+    return divide(draws.total(ratios), draws.total(valid))
+
+
+def set_mean_ratio(numerators: Array, denominators: Array, strata: Sequence[str], draws: Draws) -> Array:
+    """Mean over the question sets of the pooled ratio of each."""
+    names = np.asarray(strata)
+    sets = [draws.within(names == name) for name in dict.fromkeys(strata)] or [draws]
+    ratios: Array = np.mean([pooled_ratio(numerators, denominators, members) for members in sets], axis=0)
+    return ratios
+
+
+def divide(numerator: Array, denominator: Array) -> Array:
+    """Ratio of two figures, sample by sample; not finite where it is undefined."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio: Array = numerator / denominator
+    return ratio
+
+
+def bounds(figure: Array) -> tuple[float, float, float] | None:
+    """Value of a `figure` [1 + B] and its central `LEVEL` percentile interval.
+
+    None when the value is undefined; undefined samples are dropped.
+    """
+    finite = figure[1:][np.isfinite(figure[1:])]
+    if not np.isfinite(figure[0]) or len(finite) == 0:
         return None
     low, high = np.quantile(finite, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
-
-
-def pooled_ratio_interval(numerators: Array, denominators: Array, drawn: Indices) -> tuple[float, float] | None:
-    """Bootstrap interval of `pooled_ratio`."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return interval(numerators[drawn].sum(axis=1) / denominators[drawn].sum(axis=1))
-
-
-def mean_ratio_interval(numerators: Array, denominators: Array, drawn: Indices) -> tuple[float, float] | None:
-    """Bootstrap interval of `mean_ratio`."""
-    valid = denominators > 0
-    ratios = np.where(valid, numerators / np.where(valid, denominators, 1.0), 0.0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return interval(ratios[drawn].sum(axis=1) / valid[drawn].sum(axis=1))
-
-
-def speedup(tokens: Array, seconds: Array, base_tokens: Array, base_seconds: Array) -> float | None:
-    """Ratio of pooled tokens per second to the pooled tokens per second of the base."""
-    rate, base = pooled_ratio(tokens, seconds), pooled_ratio(base_tokens, base_seconds)
-    return rate / base if rate is not None and base else None
-
-
-def speedup_interval(
-    tokens: Array, seconds: Array, base_tokens: Array, base_seconds: Array, drawn: Indices
-) -> tuple[float, float] | None:
-    """Bootstrap interval of `speedup`; both modes are resampled with the same questions because they are paired."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        rate = tokens[drawn].sum(axis=1) / seconds[drawn].sum(axis=1)
-        base = base_tokens[drawn].sum(axis=1) / base_seconds[drawn].sum(axis=1)
-        return interval(rate / base)
+    return float(figure[0]), float(low), float(high)
 
 
 def step_acceptance(accepted_counts: Sequence[Sequence[int]], depth: int) -> tuple[float | None, ...]:

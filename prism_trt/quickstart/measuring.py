@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from prism_trt.bench.app import default_tree, engine_info
+from prism_trt.bench.methods import load_methods, read_methods
 from prism_trt.bench.prompts import PROMPTS
 from prism_trt.bench.questions import Question
 from prism_trt.bench.results import BenchResult, BenchSettings
 from prism_trt.bench.runner import run_bench
-from prism_trt.engines.loading import load_engine, load_engine_tokenizer
+from prism_trt.engines.loading import load_engine_tokenizer
 
 MAX_TOKENS = 96
 
@@ -24,9 +24,9 @@ def measure(engine: Path, threads: int | None, on_question: Callable[[], None] =
     """Answer the own prompts greedily with plain decoding and with the engine's default tree, interleaved.
 
     Raises:
-        PrismError: as `load_engine` and `run_bench`.
+        PrismError: as `read_methods`, `load_engine` and `run_bench`.
     """
-    loaded = load_engine(engine, threads=threads)
-    settings = BenchSettings(trees=(default_tree(loaded),), max_new_tokens=MAX_TOKENS)
-    tokenizer, info = load_engine_tokenizer(engine), engine_info(engine, threads)
-    return run_bench(loaded, tokenizer, own_questions(), settings, info, lambda record: on_question())
+    (method,) = load_methods(read_methods([f"prism={engine}"]), threads)
+    settings = BenchSettings(trees=(method.engines[0].default_tree,), max_new_tokens=MAX_TOKENS)
+    tokenizer = load_engine_tokenizer(engine)
+    return run_bench([method], tokenizer, own_questions(), settings, on_question=lambda index, record: on_question())

@@ -25,8 +25,8 @@ class QuickstartResult(StrictModel):
 
 
 def overall(result: BenchResult) -> Summary:
-    """The summary of the one tree that was run."""
-    return result.overall(result.settings.trees[0])
+    """The summary of the one method and tree that were run."""
+    return result.overall(result.drafting[0], result.settings.trees[0])
 
 
 def quickstart_result(result: BenchResult) -> QuickstartResult:
@@ -36,15 +36,15 @@ def quickstart_result(result: BenchResult) -> QuickstartResult:
         PrismError: every answer ended with its first token, so that nothing was decoded.
     """
     summary = overall(result)
-    values = (summary.vanilla.decode_tps, summary.prism.decode_tps, summary.speedup, summary.al_pooled)
+    values = (summary.vanilla.decode_tps, summary.rates.decode_tps, summary.speedup, summary.al_pooled)
     vanilla, prism, speedup, length = values
     if vanilla is None or prism is None or speedup is None or length is None or summary.identical is None:
         raise PrismError("every answer ended after one token, so there is no speed to report: check the target model")
     return QuickstartResult(
         vanilla_tps=vanilla,
         prism_tps=prism,
-        speedup=speedup,
-        acceptance_length=length,
+        speedup=speedup.value,
+        acceptance_length=length.value,
         identical=summary.identical,
         per_step_acceptance=summary.step_acceptance,
     )
@@ -58,7 +58,7 @@ def result_table(result: BenchResult) -> Table:
     table.add_column("vanilla", justify="right")
     table.add_column("PRISM", justify="right", style="bold green")
     table.add_row("tokens per second", f"{figures.vanilla_tps:.0f}", f"{figures.prism_tps:.0f}")
-    spread = summary.speedup_interval
+    spread = summary.speedup
     bounds = f" ({spread.low:.2f} to {spread.high:.2f})" if spread else ""
     table.add_row("speed-up (95 % interval)", "", f"{figures.speedup:.2f}{bounds}")
     table.add_row("tokens per target pass", "1.00", f"{figures.acceptance_length:.2f}")

@@ -19,10 +19,10 @@ from tests.tiny import tiny_drafter, tiny_target
 TREE = TreeShape(depth=3, width=3, size=8)
 
 
-def agreeing_models(seed: int = 3) -> tuple[Target, Drafter]:
+def agreeing_models(noise: float = 0.0) -> tuple[Target, Drafter]:
     """A target whose layers change little, so that its next token is nearly a function of the last, and a drafter that
-    passes the last token's embedding through."""
-    target = tiny_target(seed, tie_word_embeddings=False)
+    passes the last token's embedding through, disturbed by `noise`."""
+    target = tiny_target(3, tie_word_embeddings=False)
     drafter = tiny_drafter(target, draft_vocab_size=280)
     with torch.no_grad():
         for name, parameter in target.model.named_parameters():
@@ -34,12 +34,13 @@ def agreeing_models(seed: int = 3) -> tuple[Target, Drafter]:
             elif ".fc." in name:
                 parameter.zero_()
                 parameter[:, : parameter.shape[0]] = torch.eye(parameter.shape[0])
+                parameter.add_(noise * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
     return target, drafter
 
 
-def save_models(directory: Path, seed: int = 3) -> tuple[Path, Path]:
+def save_models(directory: Path, noise: float = 0.0) -> tuple[Path, Path]:
     """Save `agreeing_models` as `directory/target` and `directory/drafter`."""
-    target, drafter = agreeing_models(seed)
+    target, drafter = agreeing_models(noise)
     save_hf(target, directory / "target")
     save_drafter(drafter, directory / "drafter")
     return directory / "target", directory / "drafter"
@@ -54,13 +55,13 @@ def no_compiler() -> Iterator[None]:
         yield
 
 
-def build(directory: Path) -> Path:
+def build(directory: Path, noise: float = 0.0, with_drafter: bool = True) -> Path:
     """Build an engine of `agreeing_models` as `directory/engine`."""
-    target, drafter = save_models(directory)
+    target, drafter = save_models(directory, noise)
     build_engine(
         profile="cpu",
         target=target,
-        drafter=drafter,
+        drafter=drafter if with_drafter else None,
         out=directory / "engine",
         tree=TREE,
         context=256,

@@ -90,8 +90,9 @@ def test_comparison_is_arithmetic_on_the_timings() -> None:
     assert second.same_output == pytest.approx(2 / 3)
 
 
-def test_command_compares_with_transformers(engine_directory: Path, tmp_path: Path) -> None:
-    arguments = ["--engine", engine_directory, "--target", engine_directory.parent / "target", "--tokens", 6]
+def test_command_compares_with_transformers(engine_directories: dict[str, Path], tmp_path: Path) -> None:
+    engine = engine_directories["good"]
+    arguments = ["--engine", engine, "--target", engine.parent / "target", "--tokens", 6]
     arguments += ["--json", tmp_path / "p.json", "--markdown", tmp_path / "p.md", "--threads", 1]
     done = CliRunner().invoke(app(), list(map(str, arguments)), catch_exceptions=False)
     assert done.exit_code == 0
@@ -104,8 +105,9 @@ def test_command_compares_with_transformers(engine_directory: Path, tmp_path: Pa
     assert len(table) == 2 + len(names)
 
 
-def test_command_needs_an_interpreter_for_gguf_files(engine_directory: Path, tmp_path: Path) -> None:
-    arguments = ["--engine", engine_directory, "--target", engine_directory, "--gguf", "x", "--json", tmp_path / "p"]
+def test_command_needs_an_interpreter_for_gguf_files(engine_directories: dict[str, Path], tmp_path: Path) -> None:
+    engine = engine_directories["good"]
+    arguments = ["--engine", engine, "--target", engine, "--gguf", "x", "--json", tmp_path / "p"]
     with pytest.raises(PrismError, match=r"--gguf needs llama\.cpp"):
         CliRunner().invoke(app(), list(map(str, arguments)), catch_exceptions=False)
 

@@ -6,76 +6,107 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prism_trt.bench.statistics import (
-    interval,
+    Array,
+    Draws,
+    bounds,
+    divide,
+    draw_questions,
+    draw_seeds,
     mean_ratio,
-    mean_ratio_interval,
     pooled_ratio,
-    pooled_ratio_interval,
-    resample,
-    speedup,
-    speedup_interval,
+    set_mean_ratio,
     step_acceptance,
 )
 
 
+def draws(questions: list[str], seeds: int = 1, samples: int = 300, seed: int = 0) -> Draws:
+    return Draws(draw_questions(questions, samples, seed), draw_seeds(seeds, samples, (seed, 1)))
+
+
+def counts(*seeds: list[float]) -> Array:
+    return np.array(seeds, dtype=float)
+
+
 def test_pooled_and_mean_ratios_weigh_questions_differently() -> None:
-    tokens, passes = np.array([90.0, 4.0]), np.array([30.0, 4.0])
-    assert pooled_ratio(tokens, passes) == pytest.approx(94 / 34)
-    assert mean_ratio(tokens, passes) == pytest.approx((3 + 1) / 2)
+    tokens, passes, drawn = counts([90, 4, 8]), counts([30, 4, 2]), draws(["a", "a", "b"])
+    assert pooled_ratio(tokens, passes, drawn)[0] == pytest.approx(102 / 36)
+    assert mean_ratio(tokens, passes, drawn)[0] == pytest.approx((3 + 1 + 4) / 3)
+    assert set_mean_ratio(tokens, passes, ["a", "a", "b"], drawn)[0] == pytest.approx((94 / 34 + 4) / 2)
+
+
+def test_training_seeds_are_pooled() -> None:
+    tokens, passes, drawn = counts([90, 4], [60, 2]), counts([30, 4], [10, 1]), draws(["a", "a"], seeds=2)
+    assert pooled_ratio(tokens, passes, drawn)[0] == pytest.approx(156 / 45)
+    assert mean_ratio(tokens, passes, drawn)[0] == pytest.approx((3 + 1 + 6 + 2) / 4)
 
 
 def test_questions_without_a_pass_are_left_out_of_the_mean() -> None:
-    tokens, passes = np.array([6.0, 0.0]), np.array([2.0, 0.0])
-    assert mean_ratio(tokens, passes) == 3
-    assert pooled_ratio(tokens, passes) == 3
-    nothing = np.zeros(2)
-    assert mean_ratio(nothing, nothing) is None
-    assert pooled_ratio(nothing, nothing) is None
-    drawn = resample(["a", "a"], 200, 0)
-    assert mean_ratio_interval(tokens, passes, drawn) == (3, 3)
+    tokens, passes, drawn = counts([6, 0]), counts([2, 0]), draws(["a", "a"])
+    assert bounds(mean_ratio(tokens, passes, drawn)) == (3, 3, 3)
+    assert pooled_ratio(tokens, passes, drawn)[0] == 3
+    assert bounds(mean_ratio(0 * tokens, 0 * passes, drawn)) is None
+    assert bounds(pooled_ratio(0 * tokens, 0 * passes, drawn)) is None
 
 
-def test_speedup_is_a_ratio_of_pooled_rates() -> None:
-    tokens = np.array([10.0, 30.0])
-    assert speedup(tokens, np.array([1.0, 3.0]), tokens, np.array([4.0, 4.0])) == pytest.approx(10 / 5)
+def test_what_was_not_timed_has_no_rate() -> None:
+    assert bounds(pooled_ratio(counts([6, 3]), counts([np.nan, np.nan]), draws(["a", "a"]))) is None
 
 
-def test_resampling_is_deterministic_and_stays_within_sets() -> None:
+def test_questions_are_drawn_within_their_set_and_reproducibly() -> None:
     names = ["a", "b", "a", "b", "b"]
-    drawn = resample(names, 500, seed=7)
-    assert np.array_equal(drawn, resample(names, 500, seed=7))
-    assert not np.array_equal(drawn, resample(names, 500, seed=8))
-    assert all(names[drawn[s, q]] == names[q] for s in range(500) for q in range(5))
-    assert len({tuple(row) for row in drawn[:, [0, 2]]}) == 4
+    drawn = draw_questions(names, 500, seed=7)
+    assert np.array_equal(drawn, draw_questions(names, 500, seed=7))
+    assert not np.array_equal(drawn, draw_questions(names, 500, seed=8))
+    assert (drawn[0] == 1).all()
+    assert (drawn[:, [0, 2]].sum(axis=1) == 2).all()
+    assert (drawn[:, [1, 3, 4]].sum(axis=1) == 3).all()
+    assert len({tuple(row) for row in drawn[:, [0, 2]]}) == 3
 
 
 def test_equal_questions_have_an_interval_of_no_width() -> None:
-    tokens, passes, drawn = np.full(5, 12.0), np.full(5, 4.0), resample(["a"] * 5, 100, 0)
-    assert pooled_ratio_interval(tokens, passes, drawn) == (3, 3)
+    assert bounds(pooled_ratio(counts([12] * 5), counts([4] * 5), draws(["a"] * 5))) == (3, 3, 3)
 
 
-def test_speedup_interval_pairs_the_modes() -> None:
-    """A machine that slows down for both modes alike leaves the ratio as it is."""
-    tokens = np.full(6, 100.0)
-    slow = np.array([1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
-    low, high = speedup_interval(tokens, slow, tokens, 2.0 * slow, resample(["a"] * 6, 300, 1)) or (0, 0)
-    assert (low, high) == pytest.approx((2, 2))
+def test_ratios_pair_the_questions() -> None:
+    """Questions that are hard for both methods alike leave the ratio as it is."""
+    tokens, drawn = counts([100] * 6), draws(["a"] * 6)
+    slow = counts([1, 2, 4, 8, 16, 32])
+    ratio = divide(pooled_ratio(tokens, slow, drawn), pooled_ratio(tokens, 2 * slow, drawn))
+    assert bounds(ratio) == pytest.approx((2, 2, 2))
 
 
 def test_interval_covers_the_true_mean_about_as_often_as_it_says() -> None:
     generator = np.random.default_rng(0)
     hits = 0
     for trial in range(200):
-        passes = generator.integers(20, 40, size=60).astype(float)
-        tokens = passes * generator.normal(3.0, 0.5, size=60)
-        low, high = pooled_ratio_interval(tokens, passes, resample(["a"] * 60, 400, trial)) or (0, 0)
-        hits += low <= 3.0 <= high
+        passes = generator.integers(20, 40, size=(1, 60)).astype(float)
+        tokens = passes * generator.normal(3.0, 0.5, size=(1, 60))
+        found = bounds(pooled_ratio(tokens, passes, draws(["a"] * 60, samples=400, seed=trial)))
+        assert found is not None
+        hits += found[1] <= 3.0 <= found[2]
     assert 0.88 <= hits / 200 <= 0.99
 
 
+def test_interval_covers_what_other_training_seeds_would_give() -> None:
+    """Drawing questions alone would miss the spread of the seeds, which is the larger part here."""
+    generator = np.random.default_rng(0)
+    hits = {"both": 0, "questions": 0}
+    for trial in range(200):
+        effect = generator.normal(0.0, 0.3, size=(8, 1)) + generator.normal(0.0, 0.5, size=(1, 40))
+        passes = np.full((8, 40), 30.0)
+        both = draws(["a"] * 40, seeds=8, samples=400, seed=trial)
+        for name, drawn in {"both": both, "questions": Draws(both.questions, np.ones_like(both.seeds))}.items():
+            found = bounds(pooled_ratio(passes * (3.0 + effect), passes, drawn))
+            assert found is not None
+            hits[name] += found[1] <= 3.0 <= found[2]
+    assert 0.85 <= hits["both"] / 200 <= 0.99
+    assert hits["questions"] / 200 < 0.8
+
+
 def test_interval_is_the_central_95_percent() -> None:
-    assert interval(np.arange(1001.0)) == pytest.approx((25, 975))
-    assert interval(np.array([np.nan, np.inf])) is None
+    assert bounds(np.array([500.0, *range(1001)])) == pytest.approx((500, 25, 975))
+    assert bounds(np.array([np.nan, 1.0])) is None
+    assert bounds(np.array([1.0, np.nan, np.inf])) is None
 
 
 @given(st.lists(st.lists(st.integers(0, 5), max_size=5), max_size=6))

@@ -26,7 +26,8 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> BenchResult:
 def test_measuring_uses_the_engines_tree_and_finds_identical_output(result: BenchResult) -> None:
     assert result.settings.trees == (TREE,)
     assert result.identical is True
-    assert result.overall(TREE).questions + result.overall(TREE).skipped == len(own_questions())
+    summary = result.overall("prism", TREE)
+    assert summary.questions + summary.skipped == len(own_questions())
 
 
 def test_figures_have_exactly_the_promised_keys(result: BenchResult, tmp_path: Path) -> None:
@@ -41,8 +42,10 @@ def test_figures_have_exactly_the_promised_keys(result: BenchResult, tmp_path: P
         "per_step_acceptance",
     }
     entries = [entry for question in result.questions for entry in question.generations]
-    drafted, plain = ([e for e in entries if (e.mode == "vanilla") == vanilla] for vanilla in (False, True))
-    tps = [sum(e.decode_tokens for e in group) / sum(e.decode_seconds for e in group) for group in (drafted, plain)]
+    drafted, plain = ([e for e in entries if (e.method == "vanilla") == vanilla] for vanilla in (False, True))
+    tps = [
+        sum(e.decode_tokens for e in group) / sum(e.decode_seconds or 0.0 for e in group) for group in (drafted, plain)
+    ]
     assert written["prism_tps"] == pytest.approx(tps[0])
     assert written["vanilla_tps"] == pytest.approx(tps[1])
     assert written["speedup"] == pytest.approx(tps[0] / tps[1])

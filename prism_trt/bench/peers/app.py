@@ -11,7 +11,7 @@ import torch
 import typer
 from rich.console import Console
 
-from prism_trt.bench.app import default_tree, engine_info
+from prism_trt.bench.methods import engine_info
 from prism_trt.bench.peers.engine_peer import EnginePeer
 from prism_trt.bench.peers.gguf_writer import write_gguf
 from prism_trt.bench.peers.llama_peer import LlamaPeer
@@ -108,7 +108,7 @@ def _contestants(
 ) -> list[Peer]:
     contestants: list[Peer] = [EnginePeer("prism_trt vanilla", engine, None)]
     if engine.has_drafter:
-        tree = default_tree(engine)
+        tree = engine.default_tree
         contestants.append(EnginePeer(f"prism_trt tree {tree}", engine, tree))
     target = load_target(target_path)
     directory = scratch / "hf"
@@ -120,7 +120,7 @@ def _contestants(
         write_gguf(target, written)
         for name, path in [("BF16", written), *((path.stem, path) for path in ggufs)]:
             for flash in (False, True):
-                label = f"llama.cpp {name}{' flash attention' if flash else ''}"
+                label = f"llama.cpp {name}{' flash-attn' if flash else ''}"
                 peer = LlamaPeer(label, llama_python, path, threads, context, flash)
                 contestants.append(stack.enter_context(peer))
     return contestants

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import prism_trt
 from prism_trt.bench.peers.timing import Timing
-from prism_trt.bench.results import BenchSettings
-from prism_trt.bench.runner import answer
 from prism_trt.config import TreeShape
 from prism_trt.engines.protocol import Engine
+from prism_trt.speculative.decoder import Request, generate
 
 
 class EnginePeer:
@@ -22,7 +21,5 @@ class EnginePeer:
 
     def decode(self, prompt: list[int], tokens: int) -> Timing:
         """Greedy decoding of exactly `tokens` tokens."""
-        settings = BenchSettings(trees=(self._tree or TreeShape(),), max_new_tokens=tokens)
-        generation = answer(self._engine, prompt, self._tree, settings, ())
-        counts = generation.result.statistics
-        return Timing(generation.tokens, counts.prefill_seconds, counts.decode_seconds)
+        (result,) = generate(self._engine, [Request(prompt, tokens, tree=self._tree)])
+        return Timing(result.tokens, result.statistics.prefill_seconds, result.statistics.decode_seconds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from prism_trt.bench.peers.results import PeersResult
@@ -41,10 +42,11 @@ def markdown(result: PeersResult) -> str:
 
 
 def console_table(result: PeersResult) -> Table:
-    """The same rows for a terminal."""
-    table = Table(title=f"Decode speed at batch 1 (ratio: {result.peers[0].name} over the contestant)")
-    for index, name in enumerate(HEADER):
-        table.add_column(name, justify="left" if index < 2 else "right")
+    """The columns that fit a terminal."""
+    table = Table(title=f"Decode speed at batch 1 (ratio: {result.peers[0].name} over the contestant)", box=SIMPLE_HEAD)
+    table.add_column(HEADER[0], overflow="fold")
+    for name in HEADER[2:]:
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows(result):
-        table.add_row(*row)
+        table.add_row(row[0], *row[2:])
     return table

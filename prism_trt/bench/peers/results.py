@@ -11,7 +11,7 @@ from pydantic import Field
 
 from prism_trt.bench.peers.timing import Timing
 from prism_trt.bench.results import Bandwidth, EngineInfo, Environment, Interval
-from prism_trt.bench.statistics import pooled_ratio, resample, speedup, speedup_interval
+from prism_trt.bench.statistics import Draws, bounds, divide, draw_questions, pooled_ratio
 from prism_trt.config import StrictModel
 
 
@@ -49,25 +49,29 @@ def compare(
     seed: int = 0,
 ) -> tuple[PeerRecord, ...]:
     """Records of contestants from `timings[contestant][prompt]`, each compared with contestant 0."""
-    tokens = [np.array([len(entry.tokens) - 1 for entry in runs], dtype=float) for runs in timings]
-    seconds = [np.array([entry.decode_seconds for entry in runs]) for runs in timings]
-    drawn = resample(["prompts"] * len(timings[0]), samples, seed)
+    draws = Draws(draw_questions(["prompts"] * len(timings[0]), samples, seed), np.ones((1 + samples, 1)))
+    pooled = [
+        pooled_ratio(
+            np.array([[len(entry.tokens) - 1.0 for entry in runs]]),
+            np.array([[entry.decode_seconds for entry in runs]]),
+            draws,
+        )
+        for runs in timings
+    ]
     records = []
     for index, runs in enumerate(timings):
         rates = tuple(entry.decode_tps for entry in runs)
-        paired = (tokens[0], seconds[0], tokens[index], seconds[index])
-        bounds = speedup_interval(*paired, drawn)
-        ratio, pooled = speedup(*paired), pooled_ratio(tokens[index], seconds[index])
-        assert bounds is not None and ratio is not None and pooled is not None
+        ratio = bounds(divide(pooled[0], pooled[index]))
+        assert ratio is not None
         records.append(
             PeerRecord(
                 name=names[index],
                 version=versions[index],
                 decode_tps=rates,
                 median_tps=statistics.median(rates),
-                pooled_tps=pooled,
-                ratio=ratio,
-                ratio_interval=Interval(low=bounds[0], high=bounds[1]),
+                pooled_tps=float(pooled[index][0]),
+                ratio=ratio[0],
+                ratio_interval=Interval(low=ratio[1], high=ratio[2]),
                 same_output=sum(a.tokens == b.tokens for a, b in zip(runs, timings[0], strict=True)) / len(runs),
             )
         )

@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging
 
 from prism_trt.bench.peers.timing import Timing
 
@@ -35,6 +36,7 @@ class TransformersPeer:
 
     def __init__(self, name: str, path: Path, dtype: torch.dtype) -> None:
         self.name = name
+        logging.disable_progress_bar()
         self._model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
         self._model.generation_config.eos_token_id = None
 
