@@ -34,6 +34,7 @@ COMMANDS = {
     "bench": Command("prism_trt.bench.app", "Measure an engine's acceptance length and speed-up."),
     "inspect": Command("prism_trt.inspect.app", "Say what a file or directory is and whether it is sound."),
     "drafter": Command("prism_trt.drafter.app", "Exchange drafters with EAGLE, HASS and the PRISM artifact."),
+    "trtllm": Command("prism_trt.trtllm.app", "Write target and drafter as a TensorRT-LLM checkpoint."),
     "quickstart": Command("prism_trt.quickstart.app", "Train, build, serve and measure on this machine."),
 }
 

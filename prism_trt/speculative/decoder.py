@@ -52,8 +52,8 @@ class Request:
 class Statistics:
     """Counts and times of one request.
 
-    `accepted` and `per_step` describe what the target accepted; tokens that were then cut because the request ended
-    inside an accepted path are in them, but not in `num_output_tokens`.
+    `accepted` is what the target accepted; tokens that were then cut because the request ended inside an accepted path
+    are in it, but not in `num_output_tokens`.
     """
 
     num_input_tokens: int
@@ -73,15 +73,6 @@ class Statistics:
     def accepted(self) -> int:
         """Drafted tokens accepted."""
         return sum(a * passes for a, passes in enumerate(self.accepted_counts))
-
-    @property
-    def per_step(self) -> list[tuple[int, int]]:
-        """For depth d = 1, 2, ...: (passes that accepted depth d, passes that accepted depth d - 1 or are at the root).
-
-        Their quotient is the step-wise acceptance rate of HASS: count(>= d) / count(>= d - 1).
-        """
-        at_least = [sum(self.accepted_counts[d:]) for d in range(len(self.accepted_counts) + 1)]
-        return [(at_least[d], at_least[d - 1]) for d in range(1, len(self.accepted_counts))]
 
     @property
     def acceptance_length(self) -> float:
