@@ -30,6 +30,7 @@ COMMANDS = {
     "train": Command("prism_trt.train.app", "Train a drafter for a target."),
     "build": Command("prism_trt.build.app", "Build an engine from a target and a drafter."),
     "deploy": Command("prism_trt.deploy.app", "Write a Triton model repository and serve it."),
+    "frontend": Command("prism_trt.frontend.app", "Offer a server through OpenAI's API."),
     "client": Command("prism_trt.client.app", "Send prompts to a server and stream the answers."),
     "bench": Command("prism_trt.bench.app", "Measure an engine's acceptance length and speed-up."),
     "inspect": Command("prism_trt.inspect.app", "Say what a file or directory is and whether it is sound."),

@@ -75,7 +75,7 @@ def stream_generate(url: str, prompt: str, options: Options | None = None) -> Ge
     try:
         _check_server(client, url)
         client.start_stream(lambda result, error: responses.put((result, error)))
-        client.async_stream_infer(options.model, _inputs(prompt, options))
+        client.async_stream_infer(options.model, request_inputs(prompt, options))
         while True:
             try:
                 result, error = responses.get(timeout=options.timeout)
@@ -85,7 +85,7 @@ def stream_generate(url: str, prompt: str, options: Options | None = None) -> Ge
                 ) from None
             if error is not None:
                 raise PrismError(f"the server answered: {_sentence(error)}")
-            chunk = _chunk(result)
+            chunk = chunk_of(result)
             yield chunk
             if chunk.statistics is not None:
                 return
@@ -106,7 +106,8 @@ def _check_server(client: grpcclient.InferenceServerClient, url: str) -> None:
         raise PrismError(f"the server at {url} is still starting or is shutting down: try again in a moment")
 
 
-def _inputs(prompt: str, options: Options) -> list[grpcclient.InferInput]:
+def request_inputs(prompt: str, options: Options) -> list[grpcclient.InferInput]:
+    """The server's input tensors of a request."""
     values: dict[str, tuple[str, np.ndarray]] = {
         "text_input": ("BYTES", np.array([[prompt.encode()]], dtype=np.object_)),
         "max_tokens": ("INT32", np.array([[options.max_tokens]], dtype=np.int32)),
@@ -132,7 +133,8 @@ def _inputs(prompt: str, options: Options) -> list[grpcclient.InferInput]:
     return inputs
 
 
-def _chunk(result: grpcclient.InferResult) -> Chunk:
+def chunk_of(result: grpcclient.InferResult) -> Chunk:
+    """What one response of a stream holds."""
     text = result.as_numpy("text_output").item().decode()
     if result.as_numpy("finish_reason") is None:
         return Chunk(text)

@@ -1,8 +1,8 @@
 """The tensors of the served model.
 
 Names and types are those of the `ensemble` model of TensorRT-LLM's Triton backend, so its clients work unchanged;
-`chat`, `finish_reason` and `num_target_passes` are additions. Inputs whose feature is absent here are accepted with
-their neutral value, which many clients always send, and refused with any other.
+`chat`, `messages`, `finish_reason` and `num_target_passes` are additions. Inputs whose feature is absent here are
+accepted with their neutral value, which many clients always send, and refused with any other.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ INPUTS = (
     Tensor("max_tokens", "INT32"),
     Tensor("stream", "BOOL"),
     Tensor("chat", "BOOL"),
+    Tensor("messages", "STRING"),
     Tensor("exclude_input_in_output", "BOOL"),
     Tensor("temperature", "FP32"),
     Tensor("top_k", "INT32"),

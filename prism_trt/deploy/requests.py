@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field, TypeAdapter, ValidationError
 
-from prism_trt.config import TreeShape, parse
+from prism_trt.config import StrictModel, TreeShape, parse
 from prism_trt.deploy.interface import INPUTS, NEUTRAL, REQUIRED
 from prism_trt.errors import PrismError
 from prism_trt.speculative.decoder import Request
@@ -19,6 +20,16 @@ _BYTES_PER_TOKEN = 128
 """No tokenizer in use packs more of a text into each token on average."""
 _MOST_STOP_WORDS = 64
 _PARAMETERS_OF_TRITON = "triton_"
+
+
+class Message(StrictModel):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+_CONVERSATION = TypeAdapter(Annotated[list[Message], Field(min_length=1)])
 
 
 @dataclass(frozen=True)
@@ -67,7 +78,7 @@ def parse_generation(
     if any(_texts("bad_words", values)):
         raise PrismError("bad_words are not supported: leave them out")
 
-    prompt, text = _prompt(_texts("text_input", values)[0], one.get("chat", False), tokenizer, context)
+    prompt, text = _prompt(values, one.get("chat", False), tokenizer, context)
     stream = one.get("stream", False)
     request = Request(
         prompt=prompt,
@@ -95,21 +106,36 @@ def _texts(name: str, values: Mapping[str, list[Any]]) -> list[str]:
         raise PrismError(f"{name} is not valid UTF-8: encode it as UTF-8") from None
 
 
-def _prompt(text: str, chat: bool, tokenizer: Tokenizer, context: int) -> tuple[list[int], str]:
-    """Tokens, and the text they stand for."""
-    if not text:
+def _prompt(values: Mapping[str, list[Any]], chat: bool, tokenizer: Tokenizer, context: int) -> tuple[list[int], str]:
+    """Tokens, and the text they stand for. The prompt is `text_input`, or a whole conversation in `messages`."""
+    (text,), conversation = _texts("text_input", values), "".join(_texts("messages", values))
+    if text and conversation:
+        raise PrismError("text_input and messages are both given: leave one of them empty")
+    if not text and not conversation:
         raise PrismError("text_input is empty: send a prompt")
-    size = len(text.encode())
+    size = len((text or conversation).encode())
     if size > context * _BYTES_PER_TOKEN:
         raise PrismError(
             f"the prompt has {size} bytes, far more than the context of {context} tokens holds: shorten it"
         )
-    if chat:
+    if conversation:
+        text = tokenizer.render_chat(_messages(conversation))
+    elif chat:
         text = tokenizer.render_chat([{"role": "user", "content": text}])
-    tokens = tokenizer.encode(text, add_special_tokens=not chat)
+    tokens = tokenizer.encode(text, add_special_tokens=not (chat or conversation))
     if len(tokens) > context:
         raise PrismError(f"the prompt has {len(tokens)} tokens but the context is {context}: shorten it")
     return tokens, text
+
+
+def _messages(conversation: str) -> list[dict[str, str]]:
+    try:
+        return [message.model_dump() for message in _CONVERSATION.validate_json(conversation)]
+    except ValidationError as error:
+        raise PrismError(
+            f"messages is no conversation ({error.errors()[0]['msg']}): send a JSON list of objects with role and "
+            "content"
+        ) from None
 
 
 def _sampling(one: Mapping[str, Any]) -> SamplingParams:

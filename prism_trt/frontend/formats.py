@@ -1,0 +1,81 @@
+"""Answers of OpenAI's API, as JSON objects: whole ones and the events of streams."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from prism_trt.client.generate import Statistics
+
+Endpoint = Literal["chat", "completion"]
+DONE = "data: [DONE]\n\n"
+_PREFIXES: dict[Endpoint, str] = {"chat": "chatcmpl-", "completion": "cmpl-"}
+
+
+def event(value: dict[str, Any]) -> str:
+    """A server-sent event."""
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+
+
+def usage(statistics: Statistics) -> dict[str, int]:
+    """Numbers of tokens."""
+    given, made = statistics.num_input_tokens, statistics.num_output_tokens
+    return {"prompt_tokens": given, "completion_tokens": made, "total_tokens": given + made}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What all parts of one answer have in common."""
+
+    endpoint: Endpoint
+    model: str
+    usage_in_stream: bool
+    created: int = field(default_factory=lambda: int(time.time()))
+    """Seconds since 1970."""
+    token: str = field(default_factory=lambda: secrets.token_hex(12))
+
+    @property
+    def id(self) -> str:
+        """Names the answer to the client, and in the logs of both servers."""
+        return _PREFIXES[self.endpoint] + self.token
+
+    def whole(self, text: str, statistics: Statistics) -> dict[str, Any]:
+        """The answer in one piece."""
+        body = {"message": {"role": "assistant", "content": text}} if self.endpoint == "chat" else {"text": text}
+        return {
+            **self._envelope("chat.completion"),
+            "choices": [_choice(body, statistics.finish_reason)],
+            "usage": usage(statistics),
+        }
+
+    def start(self) -> list[dict[str, Any]]:
+        """What comes before the first piece of a stream."""
+        return [self._chunk({"delta": {"role": "assistant", "content": ""}})] if self.endpoint == "chat" else []
+
+    def piece(self, text: str) -> dict[str, Any]:
+        """A piece of a stream."""
+        return self._chunk({"delta": {"content": text}} if self.endpoint == "chat" else {"text": text})
+
+    def end(self, statistics: Statistics) -> list[dict[str, Any]]:
+        """What comes after the last piece of a stream."""
+        body: dict[str, Any] = {"delta": {}} if self.endpoint == "chat" else {"text": ""}
+        last = [self._chunk(body, statistics.finish_reason)]
+        if self.usage_in_stream:
+            last.append({**self._envelope("chat.completion.chunk"), "choices": [], "usage": usage(statistics)})
+        return last
+
+    def _chunk(self, body: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
+        # With usage asked for, it is null in all chunks but the last.
+        extra = {"usage": None} if self.usage_in_stream else {}
+        return {**self._envelope("chat.completion.chunk"), "choices": [_choice(body, reason)], **extra}
+
+    def _envelope(self, chat_object: str) -> dict[str, Any]:
+        name = chat_object if self.endpoint == "chat" else "text_completion"
+        return {"id": self.id, "object": name, "created": self.created, "model": self.model}
+
+
+def _choice(body: dict[str, Any], reason: str | None) -> dict[str, Any]:
+    return {"index": 0, **body, "logprobs": None, "finish_reason": reason}

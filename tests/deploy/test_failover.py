@@ -1,0 +1,126 @@
+"""Two servers behind the real nginx with the shipped configuration, one of them killed under load.
+
+Requests go over gRPC and through the front end in turn.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import openai
+import psutil
+import pytest
+import tritonclient.grpc as grpcclient
+from tritonclient.utils import InferenceServerException
+
+from prism_trt.client.generate import Options, stream_generate
+from prism_trt.deploy.server import TritonServer, free_port
+from prism_trt.errors import PrismError
+from prism_trt.resources import resource
+from tests.frontend.conftest import Frontend, running
+
+REQUESTS, AT_ONCE = 60, 8
+OPTIONS = Options(max_tokens=120, chat=False, timeout=60)
+
+
+@contextmanager
+def nginx(servers: list[TritonServer], directory: Path) -> Iterator[str]:
+    """nginx with the shipped configuration, its addresses replaced; yields its own."""
+    binary = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+    assert binary, "this test needs nginx: install your system's nginx package"
+    address = f"127.0.0.1:{free_port()}"
+    text = (resource("deploy") / "nginx.conf").read_text()
+    replacements = {
+        "triton-a:8001": servers[0].grpc_url,
+        "triton-b:8001": servers[1].grpc_url,
+        "listen 8001": f"listen {address}",
+        "/tmp/": f"{directory}/",
+    }
+    for old, new in replacements.items():
+        assert old in text
+        text = text.replace(old, new)
+    configuration = directory / "nginx.conf"
+    configuration.write_text(text)
+    subprocess.run([binary, "-t", "-c", str(configuration)], check=True)
+    process = subprocess.Popen([binary, "-g", "daemon off;", "-c", str(configuration)])
+    try:
+        with grpc.insecure_channel(address) as channel:
+            grpc.channel_ready_future(channel).result(timeout=60)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def tritonserver_of(server: TritonServer) -> psutil.Process:
+    """The process that holds the server's gRPC port."""
+    port = int(server.grpc_url.split(":")[1])
+    for process in psutil.process_iter(["name"]):
+        if process.info["name"] == "tritonserver" and any(
+            connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
+            for connection in process.net_connections()
+        ):
+            return process
+    raise AssertionError(f"nothing listens on {port}")
+
+
+def over_grpc(address: str) -> Iterator[tuple[str, bool]]:
+    """Pieces of an answer, and whether each is the last."""
+    for chunk in stream_generate(address, "fox", OPTIONS):
+        yield chunk.text, chunk.statistics is not None
+
+
+def over_http(frontend: Frontend) -> Iterator[tuple[str, bool]]:
+    """The same through the front end."""
+    arguments = {"model": "prism", "prompt": "fox", "max_tokens": OPTIONS.max_tokens, "temperature": 0}
+    for chunk in frontend.openai().completions.create(**arguments, stream=True):
+        yield chunk.choices[0].text, chunk.choices[0].finish_reason is not None
+
+
+@pytest.mark.slow
+def test_no_request_vanishes_when_a_server_is_killed(repository: Path, tmp_path: Path) -> None:
+    with (
+        TritonServer(repository) as dying,
+        TritonServer(repository) as other,
+        nginx([dying, other], tmp_path) as address,
+        running(address, "--timeout", str(OPTIONS.timeout)) as frontend,
+    ):
+        whole = "".join(text for text, _ in over_grpc(other.grpc_url))
+
+        def attempt(number: int) -> str:
+            if number == REQUESTS // 3:
+                tritonserver_of(dying).send_signal(signal.SIGKILL)
+            received, ended = "", False
+            try:
+                for text, last in over_grpc(address) if number % 2 else over_http(frontend):
+                    received += text
+                    ended = ended or last
+            except (PrismError, openai.APIError) as error:
+                assert whole.startswith(received)
+                return "silent" if "nothing" in str(error) else "error"
+            # An answer without its end must not look like a whole one.
+            assert ended
+            assert received == whole
+            return "answer"
+
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            outcomes = Counter(pool.map(attempt, range(REQUESTS)))
+        assert outcomes["silent"] == 0
+        assert outcomes["error"] <= 2 * AT_ONCE  # those that ran on the killed server
+        assert outcomes["answer"] == REQUESTS - outcomes["error"]
+
+        for number in range(AT_ONCE):
+            assert attempt(number) == "answer"
+        with (
+            grpcclient.InferenceServerClient(address) as client,
+            pytest.raises(InferenceServerException, match="PERMISSION_DENIED"),
+        ):
+            client.get_system_shared_memory_status()

@@ -1,0 +1,178 @@
+"""Manifests, balancer and monitoring: valid by their schemas, and true to a running server."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import crossplane
+import httpx
+import kubernetes_validate
+import promql_parser
+import pytest
+import yaml
+
+from prism_trt.deploy.server import TritonServer, free_port
+from prism_trt.resources import resource
+
+FILES = resource("deploy")
+FIRST_SOUND_TRITON = (25, 7)
+"""docs/operations.md says why."""
+OF_PROMETHEUS = {"up"}
+"""Metrics that Prometheus adds itself."""
+KINDS = {
+    "namespace": "Namespace",
+    "service": "Service",
+    "deployment": "Deployment",
+    "autoscaler": "HorizontalPodAutoscaler",
+    "disruption": "PodDisruptionBudget",
+    "network": "NetworkPolicy",
+}
+
+
+def manifest(name: str) -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load((FILES / "kubernetes" / f"{name}.yaml").read_text())
+    return loaded
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_kubernetes_manifests_fit_their_schemas(name: str) -> None:
+    assert manifest(name)["kind"] == KINDS[name]
+    for version in ("1.29", "1.33", kubernetes_validate.latest_version()):
+        kubernetes_validate.validate(manifest(name), version, strict=True)
+
+
+def test_a_wrong_manifest_does_not_fit() -> None:
+    wrong = manifest("deployment")
+    wrong["spec"]["template"]["spec"]["terminationGracePeriod"] = 1
+    with pytest.raises(kubernetes_validate.ValidationError, match="terminationGracePeriod"):
+        kubernetes_validate.validate(wrong, "1.33", strict=True)
+
+
+def test_kubernetes_manifests_belong_together() -> None:
+    assert manifest("kustomization")["resources"] == [f"{name}.yaml" for name in KINDS]
+    deployment = manifest("deployment")
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    assert deployment["spec"]["selector"]["matchLabels"] == labels
+    assert manifest("service")["spec"]["selector"] == labels
+    assert manifest("disruption")["spec"]["selector"]["matchLabels"] == labels
+    assert manifest("network")["spec"]["podSelector"]["matchLabels"] == labels
+    assert manifest("autoscaler")["spec"]["scaleTargetRef"]["name"] == deployment["metadata"]["name"]
+    (rule,) = manifest("prometheus-adapter")["rules"]["custom"]
+    assert manifest("autoscaler")["spec"]["metrics"][0]["pods"]["metric"]["name"] == rule["name"]["as"]
+    assert {image["name"] for image in manifest("kustomization")["images"]} == {
+        container["image"] for container in deployment["spec"]["template"]["spec"]["containers"]
+    }
+
+
+def test_pods_are_locked_down_and_have_time_to_end() -> None:
+    pod = manifest("deployment")["spec"]["template"]["spec"]
+    assert pod["securityContext"]["runAsNonRoot"]
+    for container in pod["containers"]:
+        security = container["securityContext"]
+        assert security["readOnlyRootFilesystem"]
+        assert not security["allowPrivilegeEscalation"]
+        assert security["capabilities"] == {"drop": ["ALL"]}
+        assert {"cpu", "memory"} <= container["resources"]["requests"].keys()
+        assert container["livenessProbe"]
+        assert container["readinessProbe"]
+    triton, frontend = pod["containers"]
+    assert triton["startupProbe"]
+    assert {"--grpc-address=127.0.0.1", "--http-address=127.0.0.1"} <= set(triton["args"])
+    waits = [int(container["lifecycle"]["preStop"]["exec"]["command"][1]) for container in pod["containers"]]
+    ends = [
+        int(argument.split("=")[1])
+        for argument in (triton["args"] + frontend["args"])
+        if re.search("exit|grace", argument)
+    ]
+    assert len(ends) == 2
+    assert max(waits) + max(ends) + 10 <= pod["terminationGracePeriodSeconds"]
+
+
+def test_compose_file_fits_the_compose_specification(tmp_path: Path) -> None:
+    check = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
+    done = subprocess.run([*check, str(FILES / "compose.yaml")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    compose = yaml.safe_load((FILES / "compose.yaml").read_text())
+    for service in compose["services"].values():
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
+        for volume in service.get("volumes", []):
+            if volume.startswith("./"):
+                assert (FILES / volume.split(":")[0]).is_file()
+    compose["services"]["frontend"]["restarts"] = "always"
+    (tmp_path / "compose.yaml").write_text(yaml.safe_dump(compose))
+    assert subprocess.run([*check, str(tmp_path / "compose.yaml")], capture_output=True, check=False).returncode == 1
+
+
+def test_no_file_allows_a_triton_with_known_flaws() -> None:
+    named = {
+        (path.name, (int(year), int(month)))
+        for path in FILES.rglob("*")
+        if path.is_file()
+        for year, month in re.findall(r"\b(2\d)\.(\d\d)-py3", path.read_text())
+    }
+    assert {name for name, _ in named} == {"Dockerfile", "compose.yaml", "kustomization.yaml"}
+    assert min(version for _, version in named) >= FIRST_SOUND_TRITON
+
+
+def test_nginx_configuration_parses() -> None:
+    parsed = crossplane.parse(str(FILES / "nginx.conf"), strict=True)
+    assert (parsed["status"], parsed["errors"]) == ("ok", [])
+
+
+def names_in(expression: str) -> set[str]:
+    """Metrics that a PromQL expression reads."""
+    found: set[str] = set()
+
+    def walk(node: Any) -> None:
+        if isinstance(node, promql_parser.VectorSelector):
+            found.add(node.name)
+        for child in ("lhs", "rhs", "expr", "vector_selector"):
+            if hasattr(node, child):
+                walk(getattr(node, child))
+        for argument in getattr(node, "args", []):
+            walk(argument)
+
+    walk(promql_parser.parse(expression))
+    return found
+
+
+def expressions() -> list[str]:
+    """Every query of the dashboard, the alerts and the autoscaler's metric."""
+    dashboard = json.loads((FILES / "monitoring" / "grafana" / "prism.json").read_text())
+    found = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    alerts = yaml.safe_load((FILES / "monitoring" / "alerts.yaml").read_text())
+    found += [rule["expr"] for group in alerts["groups"] for rule in group["rules"]]
+    (rule,) = manifest("prometheus-adapter")["rules"]["custom"]
+    series = rule["seriesQuery"].partition("{")[0]
+    query = rule["metricsQuery"].replace("<<.Series>>", series).replace("<<.GroupBy>>", "pod")
+    found.append(query.replace("<<.LabelMatchers>>", 'pod="a"'))
+    return [expression.replace("$__rate_interval", "5m") for expression in found]
+
+
+def test_queries_read_only_what_a_server_exports(server: TritonServer) -> None:
+    server.probe()
+    page = httpx.get(server.metrics_url).text
+    exported = set(re.findall(r"^(\w+)(?:{.*})? \S+$", page, re.MULTILINE))
+    read = set().union(*map(names_in, expressions()))
+    assert len(read) > 5
+    assert read - OF_PROMETHEUS <= exported
+    assert 'reason="CANCELED"' in page
+
+
+def canaries() -> list[str]:
+    probe = manifest("deployment")["spec"]["template"]["spec"]["containers"][0]["livenessProbe"]
+    compose = yaml.safe_load((FILES / "compose.yaml").read_text())
+    return [probe["exec"]["command"][2], compose["services"]["triton-a"]["healthcheck"]["test"][1]]
+
+
+def test_the_canary_sees_a_model_that_answers_and_one_that_does_not(server: TritonServer) -> None:
+    for command in canaries():
+        for url, code in ((server.http_url, 0), (f"http://127.0.0.1:{free_port()}", 1)):
+            here = command.replace("http://127.0.0.1:8000", url)
+            assert here != command
+            assert subprocess.run(["sh", "-c", here], check=False).returncode == code
