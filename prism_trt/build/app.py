@@ -26,6 +26,9 @@ def app() -> typer.Typer:
         context: Annotated[int | None, typer.Option(min=16, help="K/V entries per request")] = None,
         slots: Annotated[int | None, typer.Option(min=1, help="concurrent requests")] = None,
         dtype: Annotated[str | None, typer.Option(help="float16 or bfloat16; the profile's first by default")] = None,
+        fp8: Annotated[bool, typer.Option("--fp8", help="store weights and activations in FP8")] = False,
+        int8: Annotated[bool, typer.Option("--int8", help="store the target's weights in INT8")] = False,
+        calibration: Annotated[Path | None, typer.Option(help="prompts for --fp8 and --int8, as for training")] = None,
         overwrite: Annotated[bool, typer.Option(help="replace an existing engine")] = False,
     ) -> None:
         """Build an engine directory with a checked manifest."""
@@ -38,6 +41,8 @@ def app() -> typer.Typer:
             return
         if target is None:
             raise PrismError("--target is missing: name the model to build an engine for, or a --bundle to finish")
+        if fp8 and int8:
+            raise PrismError("--fp8 and --int8 exclude each other: pass one of them")
         shape = TreeShape.parse(tree) if tree is not None else None
         manifest = build_engine(
             profile=gpu,
@@ -48,6 +53,8 @@ def app() -> typer.Typer:
             context=context,
             slots=slots,
             dtype=dtype,
+            quantization="fp8" if fp8 else "int8" if int8 else None,
+            calibration=calibration,
             overwrite=overwrite,
             say=typer.echo,
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from prism_trt.build.bundle import BundleManifest, read_bundle, write_bundle
+from prism_trt.build.bundle import BundleManifest, bundled_quantization, read_bundle, write_bundle
 from prism_trt.build.gpu import compiles_here, gpu_limits, import_tensorrt, write_gpu_engine
 from prism_trt.build.latency import measure
 from prism_trt.build.plan import BuildPlan, own_versions
@@ -24,6 +24,9 @@ from prism_trt.engines.protocol import Engine, EngineLimits
 from prism_trt.engines.torch_engine import TorchEngine
 from prism_trt.errors import PrismError
 from prism_trt.manifest import atomic_directory, sha256_file, write_manifest
+from prism_trt.quantize.quantization import quantize
+from prism_trt.quantize.report import Quantized
+from prism_trt.quantize.scales import Quantization
 from prism_trt.target.loading import Target, load_target, save_hf
 
 
@@ -37,6 +40,9 @@ def build_engine(
     context: int | None = None,
     slots: int | None = None,
     dtype: str | None = None,
+    quantization: Quantization | None = None,
+    calibration: Path | None = None,
+    quantized: Quantized | None = None,
     overwrite: bool = False,
     say: Callable[[str], None] = print,
 ) -> EngineManifest | BundleManifest:
@@ -53,13 +59,17 @@ def build_engine(
         context: K/V entries per request; the profile's (at most the target's own) when None.
         slots: concurrent requests; the profile's when None.
         dtype: of the computation; the profile's first when None.
+        quantization: of the matrices; the profile says which there are, None leaves them in `dtype`.
+        calibration: prompts that it is calibrated and measured with.
+        quantized: the result of an earlier calibration, instead of the two.
         overwrite: replace an existing `out`.
-        say: receives one-sentence remarks, such as falling back to torch.
+        say: receives one-sentence remarks, such as falling back to torch, or what a quantisation costs.
 
     Raises:
         PrismError: bad input, or the drafter is not the target's.
     """
     settings = load_profile(profile)
+    _require_quantization(settings, quantization, calibration)
     if dtype is not None and dtype not in settings.dtypes:
         raise PrismError(
             f"profile {profile} computes in {' or '.join(settings.dtypes)}, not in {dtype}: pass one of them as --dtype"
@@ -71,9 +81,11 @@ def build_engine(
         if context is not None and context > longest:
             raise PrismError(f"--context {context} is more than the target's {longest} positions: choose a smaller one")
         context = context or min(settings.context, longest)
-        plan = BuildPlan(
-            directory, model, draft, tree or settings.default_tree, context, slots or settings.slots, dtype
-        )
+        shape = tree or settings.default_tree
+        if quantization is not None and calibration is not None:
+            quantized = quantize(model, draft, calibration, quantization, shape.depth)
+            say(str(quantized.report))
+        plan = BuildPlan(directory, model, draft, shape, context, slots or settings.slots, dtype, quantized)
         model.tokenizer.save(directory / TOKENIZER_DIRECTORY)
         if isinstance(settings, GpuProfile):
             limits = gpu_limits(plan, settings)
@@ -119,10 +131,31 @@ def finish_bundle(bundle: Path, out: Path, overwrite: bool = False) -> EngineMan
         context=manifest.limits.context,
         slots=manifest.limits.slots,
         dtype=manifest.dtype,
+        quantized=bundled_quantization(bundle, manifest),
         overwrite=overwrite,
     )
     assert isinstance(built, EngineManifest)
     return built
+
+
+def _require_quantization(
+    settings: CpuProfile | GpuProfile, quantization: Quantization | None, calibration: Path | None
+) -> None:
+    """Refuse a quantisation that the profile does not have, or that nothing calibrates.
+
+    Raises:
+        PrismError: so.
+    """
+    if quantization is None and calibration is not None:
+        raise PrismError("--calibration is for quantised engines: pass --fp8 or --int8, or leave it out")
+    if quantization is None:
+        return
+    if quantization not in settings.quantizations:
+        others = " or ".join(f"--{name}" for name in settings.quantizations)
+        instead = f"pass {others}, or neither" if others else "leave it out"
+        raise PrismError(f"profile {settings.name} has no {quantization}: {instead}")
+    if calibration is None:
+        raise PrismError(f"--{quantization} needs prompts to calibrate and measure with: pass --calibration FILE")
 
 
 def _write_cpu_engine(plan: BuildPlan, settings: CpuProfile, say: Callable[[str], None]) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from prism_trt.engines.tensorrt.binding import NetworkLimits
 from prism_trt.engines.torch_engine import TorchEngine
 from prism_trt.errors import PrismError
 from prism_trt.manifest import read_manifest, write_manifest
+from prism_trt.quantize.report import QuantizationReport, Quantized
+from prism_trt.quantize.scales import load_scales, save_scales
 from prism_trt.target.config import TargetConfig
 from prism_trt.target.loading import save_hf
 
@@ -30,6 +32,8 @@ KIND = "engine bundle"
 _TOKENS = 8
 _MOST_DEVIATION = {"float16": 0.02, "bfloat16": 0.15}
 """Root mean square error of logits over their size that rounding explains; a wrong network is off by about 1."""
+_MOST_DEVIATION_QUANTIZED = 0.4
+"""The same for quantised networks, whose cost on real text the calibration reports."""
 
 
 class BundleManifest(StrictModel):
@@ -43,6 +47,7 @@ class BundleManifest(StrictModel):
     target_fingerprint: str
     drafter: DrafterConfig | None
     versions: dict[str, str]
+    quantization: QuantizationReport | None
     deviation: dict[str, float]
     """Of each network's logits from torch's in float32, relative; the networks were evaluated on a processor."""
 
@@ -58,15 +63,20 @@ def write_bundle(trt: Any, plan: BuildPlan, settings: GpuProfile, limits: Networ
     """
     target, drafter = plan.target, plan.drafter
     deviation = _deviations(trt, plan, dtype)
-    if wrong := {name: error for name, error in deviation.items() if error > _MOST_DEVIATION[dtype]}:
+    most, instead = _MOST_DEVIATION[dtype], "choose the other --dtype"
+    if plan.quantized is not None:
+        most, instead = _MOST_DEVIATION_QUANTIZED, f"leave out --{plan.quantized.report.quantization}"
+    if wrong := {name: error for name, error in deviation.items() if error > most}:
         name, error = next(iter(wrong.items()))
         raise PrismError(
             f"the {name} network in {dtype} deviates by {error:.0%} from the model, more than rounding explains: "
-            "choose the other --dtype"
+            f"{instead}"
         )
     save_hf(target, plan.directory / TARGET_DIRECTORY)
     if drafter is not None:
         save_drafter(drafter, plan.directory / DRAFTER_DIRECTORY)
+    if plan.quantized is not None:
+        save_scales(plan.quantized.scales, plan.directory)
     manifest = BundleManifest(
         profile=settings.name,
         dtype=dtype,
@@ -76,6 +86,7 @@ def write_bundle(trt: Any, plan: BuildPlan, settings: GpuProfile, limits: Networ
         target_fingerprint=target.fingerprint,
         drafter=drafter.config if drafter else None,
         versions=own_versions(),
+        quantization=None if plan.quantized is None else plan.quantized.report,
         deviation=deviation,
     )
     write_manifest(plan.directory, MANIFEST, KIND, manifest.model_dump(mode="json"))
@@ -93,11 +104,21 @@ def read_bundle(path: Path) -> BundleManifest:
     return parse(BundleManifest, fields, str(Path(path) / MANIFEST))
 
 
+def bundled_quantization(path: Path, manifest: BundleManifest) -> Quantized | None:
+    """The scales that the bundle `path` carries; None when it is not quantised.
+
+    Raises:
+        PrismError: they cannot be read.
+    """
+    report = manifest.quantization
+    return None if report is None else Quantized(load_scales(path, report.quantization), report)
+
+
 def _deviations(trt: Any, plan: BuildPlan, dtype: str) -> dict[str, float]:
     """Relative error of logits: a prefill of the target, then draft steps 0 and 1."""
     limits = NetworkLimits(1, 4 * _TOKENS, 2 * _TOKENS, plan.tree.size)
     exact = TorchEngine(plan.target, plan.drafter, limits.engine, torch.device("cpu"), torch.float32)
-    walked = make_walker_engine(trt, plan.target, plan.drafter, limits, getattr(torch, dtype))
+    walked = make_walker_engine(trt, plan.target, plan.drafter, limits, getattr(torch, dtype), scales=plan.scales)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, plan.target.config.vocab_size, (1, _TOKENS), generator=generator)
     batch = _batch(tokens, 0)

@@ -8,19 +8,28 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from prism_trt.build.plan import BuildPlan, own_versions
 from prism_trt.build.profile import GpuProfile
 from prism_trt.convert.compile import compile_network, serving_profile
-from prism_trt.convert.drafter import emit_round, emit_step
+from prism_trt.convert.drafter import drafter_linears, emit_round, emit_step
 from prism_trt.convert.graph import Emitted
-from prism_trt.convert.layers import copied_weights, expanded_heads, fused_attentions, parse_layers
-from prism_trt.convert.target import emit_target
+from prism_trt.convert.layers import (
+    copied_weights,
+    expanded_heads,
+    fused_attentions,
+    parse_layers,
+    quantized_products,
+)
+from prism_trt.convert.quantized import quantized_matrices
+from prism_trt.convert.target import emit_target, target_linears
 from prism_trt.engines.manifest import GpuEngine, NetworkReport
 from prism_trt.engines.tensorrt.binding import NetworkLimits
 from prism_trt.engines.tensorrt.files import BINDINGS, DRAFT_VOCAB, ROUND, STEP, TARGET, plan_file
 from prism_trt.errors import PrismError
 from prism_trt.progress import progress
+from prism_trt.quantize.scales import save_scales
 from prism_trt.target.config import TargetConfig
 
 _RESERVE = 0.1
@@ -52,7 +61,8 @@ def write_gpu_engine(plan: BuildPlan, settings: GpuProfile, limits: NetworkLimit
 
     Raises:
         PrismError: the bindings are not installed, TensorRT refuses a network, or the plan is not what it should be
-            (attention not fused, K/V copied to every head, weights of the round network copied).
+            (attention not fused, K/V copied to every head, weights of the round network copied, quantised matrices
+            widened).
     """
     trt = import_tensorrt(settings.runtime)
     dtype = getattr(torch, plan.dtype or settings.dtypes[0])
@@ -65,7 +75,9 @@ def write_gpu_engine(plan: BuildPlan, settings: GpuProfile, limits: NetworkLimit
             dump = compile_network(
                 network, serving_profile(limits), plan.directory / plan_file(name), capability, reporter
             )
-        reports[name] = _checked(name, dump)
+        reports[name] = _checked(name, dump, network)
+    if plan.quantized is not None:
+        save_scales(plan.quantized.scales, plan.directory)
     if plan.drafter is not None and plan.drafter.draft_vocab is not None:
         save_file({"draft_vocab": plan.drafter.draft_vocab.to(torch.int32)}, plan.directory / DRAFT_VOCAB)
         (plan.directory / DRAFT_VOCAB).chmod(0o644)
@@ -77,7 +89,12 @@ def write_gpu_engine(plan: BuildPlan, settings: GpuProfile, limits: NetworkLimit
         "versions": own_versions() | {settings.runtime: trt.__version__},
         "limits": limits.engine,
         "latency_ms": None,
-        "gpu": GpuEngine(compute_capability=settings.compute_capability, networks=reports, limits=limits),
+        "gpu": GpuEngine(
+            compute_capability=settings.compute_capability,
+            networks=reports,
+            limits=limits,
+            quantization=None if plan.quantized is None else plan.quantized.report,
+        ),
     }
 
 
@@ -101,6 +118,8 @@ def _pool_bytes(config: TargetConfig, limits: NetworkLimits) -> int:
 def _require_memory(plan: BuildPlan, settings: GpuProfile, limits: NetworkLimits) -> None:
     """Refuse what cannot fit: weights (of drafter networks, too) and the K/V pool, in two bytes per number.
 
+    Quantised matrices take one, but the step network has its own, wider copy of a drafter's.
+
     Raises:
         PrismError: they do not fit the GPU's memory.
     """
@@ -110,7 +129,8 @@ def _require_memory(plan: BuildPlan, settings: GpuProfile, limits: NetworkLimits
         own = sum(parameter.numel() for parameter in plan.drafter.parameters())
         table = plan.target.config.vocab_size + (plan.drafter.config.draft_vocab_size or 0)
         weights += 2 * (own + table * plan.drafter.config.hidden_size)
-    need = (2 * weights + _pool_bytes(plan.target.config, limits)) / 2**30
+    spared = sum(part.weight.numel() for parts in _quantized_linears(plan) for part in parts)
+    need = (2 * weights - spared + _pool_bytes(plan.target.config, limits)) / 2**30
     room = settings.memory_gib * (1 - _RESERVE)
     if need > room:
         raise PrismError(
@@ -119,23 +139,33 @@ def _require_memory(plan: BuildPlan, settings: GpuProfile, limits: NetworkLimits
         )
 
 
+def _quantized_linears(plan: BuildPlan) -> Iterator[list[nn.Linear]]:
+    """Linear layers whose matrices are stored in 8 bits by one network."""
+    linears = target_linears(plan.target.model)
+    if plan.drafter is not None:
+        linears |= drafter_linears(plan.drafter)
+    return (parts for name, parts in linears.items() if name in plan.scales)
+
+
 def _networks(trt: Any, plan: BuildPlan, limits: NetworkLimits, dtype: torch.dtype) -> Iterator[tuple[str, Emitted]]:
     """The networks by name, one at a time, because each holds a copy of its weights."""
     model, drafter = plan.target.model, plan.drafter
-    yield TARGET, emit_target(trt, model, drafter, limits.capacity, dtype)
+    scales = plan.scales
+    yield TARGET, emit_target(trt, model, drafter, limits.capacity, dtype, scales)
     if drafter is not None:
-        yield STEP, emit_step(trt, drafter, model, limits.capacity, dtype)
-        yield ROUND, emit_round(trt, drafter, model, plan.tree, limits.capacity, dtype)
+        yield STEP, emit_step(trt, drafter, model, limits.capacity, dtype, scales=scales)
+        yield ROUND, emit_round(trt, drafter, model, plan.tree, limits.capacity, dtype, scales)
 
 
-def _checked(name: str, dump: str) -> NetworkReport:
-    """What the builder made of a network.
+def _checked(name: str, dump: str, network: Emitted) -> NetworkReport:
+    """What the builder made of `network`.
 
     Raises:
         PrismError: it is slower than it should be.
     """
     layers = parse_layers(dump)
     attentions, copied = len(fused_attentions(layers)), tuple(sorted(set(copied_weights(layers))))
+    products, asked = len(quantized_products(layers)), quantized_matrices(network)
     wrong = None
     if not attentions:
         wrong = "has no fused attention"
@@ -143,6 +173,10 @@ def _checked(name: str, dump: str) -> NetworkReport:
         wrong = "copies keys and values to every head"
     elif name != STEP and copied:
         wrong = f"copies the weights {copied[0]} on every call"
+    elif products != asked:
+        wrong = f"multiplies with {products} matrices of 8 bits instead of {asked}"
     if wrong:
         raise PrismError(f"TensorRT's plan of the {name} network {wrong}: build with the version the project names")
-    return NetworkReport(layers=len(layers), fused_attentions=attentions, copied_weights=copied)
+    return NetworkReport(
+        layers=len(layers), fused_attentions=attentions, copied_weights=copied, quantized_products=products
+    )

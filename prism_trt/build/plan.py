@@ -11,6 +11,8 @@ import torch
 import prism_trt
 from prism_trt.config import TreeShape
 from prism_trt.drafter.model import Drafter
+from prism_trt.quantize.report import Quantized
+from prism_trt.quantize.scales import UNQUANTIZED, Scales
 from prism_trt.target.loading import Target
 
 
@@ -30,6 +32,13 @@ class BuildPlan:
     """Concurrent requests."""
     dtype: str | None
     """What was asked for, if anything was."""
+    quantized: Quantized | None = None
+    """None: every matrix has the networks' type."""
+
+    @property
+    def scales(self) -> Scales:
+        """Of the matrices to quantise."""
+        return UNQUANTIZED if self.quantized is None else self.quantized.scales
 
 
 def own_versions() -> dict[str, str]:

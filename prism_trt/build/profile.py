@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 
 from prism_trt.config import StrictModel, TreeShape, parse
 from prism_trt.errors import PrismError
+from prism_trt.quantize.scales import Quantization
 from prism_trt.resources import resource
 
 if sys.version_info >= (3, 11):
@@ -22,6 +23,7 @@ class _Profile(StrictModel):
     default_tree: TreeShape
     context: int = Field(ge=16, description="K/V entries per request")
     slots: int = Field(ge=1, description="concurrent requests")
+    quantizations: tuple[Quantization, ...] = Field((), description="what matrices can be stored in besides the dtype")
 
     @field_validator("default_tree", mode="before")
     @classmethod

@@ -10,10 +10,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prism_trt.config import DrafterConfig, TreeShape
 from prism_trt.convert.graph import Emitted, Graph, Value
+from prism_trt.convert.target import FUSION
 from prism_trt.convert.transformer import (
     FixedWeights,
     Pool,
@@ -22,6 +23,7 @@ from prism_trt.convert.transformer import (
     StepLinear,
     Weights,
     gathered_linear,
+    layer_linears,
     layer_tensors,
     linear_tensors,
     pick,
@@ -33,6 +35,7 @@ from prism_trt.convert.tree import TreeGrowth
 from prism_trt.drafter.model import Drafter, DrafterLayer, ProcessingModule
 from prism_trt.engines.tensorrt.names import (
     CALL_TOKENS,
+    FEATURES,
     HIDDEN,
     LOGITS,
     NEXT_HIDDEN,
@@ -48,12 +51,25 @@ from prism_trt.engines.tensorrt.names import (
     TREE_PARENTS,
     TREE_TOKENS,
 )
+from prism_trt.quantize.scales import UNQUANTIZED, Scales
 from prism_trt.target.model import LlamaModel, RMSNorm
 
 FC, NORM = "fc", "norm"
 
 RememberLayer = Callable[[int, Value, Value], tuple[Value, Value]]
 """`Remember` with the layer's number before its arguments."""
+
+
+def drafter_linears(drafter: Drafter) -> dict[str, list[nn.Linear]]:
+    """The linear layers by the names of their matrices in the networks, those that are fused together."""
+    linears: dict[str, list[nn.Linear]] = {}
+    for number, module in enumerate(drafter.modules_):
+        assert isinstance(module, ProcessingModule)
+        own = {} if module.fc is None else {FC: [module.fc]}
+        parts = [*map(layer_linears, module.stack), own]
+        for prefix, part in zip(_prefixes(drafter.config, f"modules.{number}"), parts, strict=True):
+            linears |= {f"{prefix}.{name}": fused for name, fused in part.items()}
+    return linears if drafter.fusion is None else {**linears, f"{FEATURES}.{FUSION}": [drafter.fusion]}
 
 
 def emit_step(
@@ -63,6 +79,7 @@ def emit_step(
     capacity: int,
     dtype: torch.dtype,
     step_linear: StepLinear = gathered_linear,
+    scales: Scales = UNQUANTIZED,
 ) -> Emitted:
     """The network of one draft step, which computes in `dtype`.
 
@@ -73,6 +90,7 @@ def emit_step(
         capacity: entries of a slot of the K/V pool.
         dtype: float16, bfloat16 or float32 (for the walker only).
         step_linear: how the selected module's matrices are applied.
+        scales: of the matrices to quantise. Only a single module is: TensorRT selects from no stack of 8-bit matrices.
     """
     graph = Graph(trt, dtype)
     parts = _Parts(graph, drafter, model, capacity)
@@ -80,7 +98,7 @@ def emit_step(
     module = _module_of_step(graph, drafter.config)
     with graph.scope("step"):
         x = parts.embed(parts.tokens)
-        weights = _step_weights(graph, drafter, module, step_linear)
+        weights = _step_weights(graph, drafter, module, step_linear, scales)
         hidden = parts.run(weights, x, parts.hidden, parts.positions, parts.pool.mask, parts.pool.update)
         hidden = pick(graph, hidden, picked)
         graph.output(NEXT_HIDDEN, hidden)
@@ -89,18 +107,25 @@ def emit_step(
 
 
 def emit_round(
-    trt: Any, drafter: Drafter, model: LlamaModel, shape: TreeShape, capacity: int, dtype: torch.dtype
+    trt: Any,
+    drafter: Drafter,
+    model: LlamaModel,
+    shape: TreeShape,
+    capacity: int,
+    dtype: torch.dtype,
+    scales: Scales = UNQUANTIZED,
 ) -> Emitted:
     """The network that extends over newly committed tokens and grows a tree of `shape`, computing in `dtype`.
 
     It gives the tree that `prism_trt.speculative.tree` grows. Its steps are unrolled, so that each uses the weights of
     its module in place. The K/V pool receives the entries of step 0; those of the tree live inside the call only.
-    `PICKED` [B, 1] names each row's last valid token, the tree's root. Other arguments as for `emit_step`.
+    `PICKED` [B, 1] names each row's last valid token, the tree's root. `scales` are of the matrices to quantise, in
+    every module. Other arguments as for `emit_step`.
     """
     graph = Graph(trt, dtype)
     parts = _Parts(graph, drafter, model, capacity)
     last = graph.input(PICKED, torch.int32, (ROWS, 1))
-    modules = [_fixed_weights(graph, drafter, number) for number in range(drafter.config.num_modules)]
+    modules = [_fixed_weights(graph, drafter, number, scales) for number in range(drafter.config.num_modules)]
     memory = _RoundMemory(graph, parts.pool)
     rows, width = parts.pool.rows, shape.width
 
@@ -230,12 +255,12 @@ def _prefixes(config: DrafterConfig, module: str) -> list[str]:
     return [*(f"{module}.layers.{number}" for number in range(config.num_layers)), module]
 
 
-def _fixed_weights(graph: Graph, drafter: Drafter, number: int) -> list[Weights]:
+def _fixed_weights(graph: Graph, drafter: Drafter, number: int, scales: Scales) -> list[Weights]:
     """Weights of one module, for `_Parts.run`."""
     module = drafter.modules_[number]
     assert isinstance(module, ProcessingModule)
     prefixes = _prefixes(drafter.config, f"modules.{number}")
-    return [FixedWeights(graph, prefix, part) for prefix, part in zip(prefixes, _tensors(module), strict=True)]
+    return [FixedWeights(graph, prefix, part, scales) for prefix, part in zip(prefixes, _tensors(module), strict=True)]
 
 
 def _module_of_step(graph: Graph, config: DrafterConfig) -> Value | None:
@@ -249,10 +274,12 @@ def _module_of_step(graph: Graph, config: DrafterConfig) -> Value | None:
         return graph.gather(step_map, known, axis=0, name="of_step")
 
 
-def _step_weights(graph: Graph, drafter: Drafter, module: Value | None, step_linear: StepLinear) -> list[Weights]:
+def _step_weights(
+    graph: Graph, drafter: Drafter, module: Value | None, step_linear: StepLinear, scales: Scales
+) -> list[Weights]:
     """Weights of the module that the step selects, for `_Parts.run`."""
     if module is None:
-        return _fixed_weights(graph, drafter, 0)
+        return _fixed_weights(graph, drafter, 0, scales)
     modules = [_tensors(each) for each in drafter.modules_ if isinstance(each, ProcessingModule)]
     prefixes = _prefixes(drafter.config, "modules")
     return [

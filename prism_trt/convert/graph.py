@@ -7,7 +7,7 @@ this project a tensor is PyTorch's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -21,7 +21,8 @@ from prism_trt.errors import PrismError
 Value = Any
 """An `ITensor`."""
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.bool)
+_QUANTIZED = {torch.float8_e4m3fn: "fp8", torch.int8: "int8"}
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.bool, *_QUANTIZED)
 """The types of values."""
 
 _LAYER_DUMP = "Layers:"
@@ -77,7 +78,7 @@ def logger_of(trt: Any) -> tuple[Any, BuildLog]:
 
 def data_type(trt: Any, dtype: torch.dtype) -> Any:
     """The `DataType` of `trt` that corresponds to one of `DTYPES`."""
-    return getattr(trt, str(dtype).removeprefix("torch."))
+    return getattr(trt, _QUANTIZED.get(dtype, str(dtype).removeprefix("torch.")))
 
 
 @dataclass(frozen=True)
@@ -138,14 +139,15 @@ class Graph:
 
     # -- constants
 
-    def weight(self, name: str, content: Tensor, dtype: torch.dtype | None = None) -> Value:
+    def weight(self, name: str, content: Tensor | Callable[[], Tensor], dtype: torch.dtype | None = None) -> Value:
         """A constant with its own, unscoped name; asked for again, it is the same value.
 
         Args:
             name: the layer's name.
-            content: any shape; converted to `dtype`, the network's own when None.
+            content: any shape, or what computes it; converted to `dtype`, the network's own when None.
         """
         if name not in self._values:
+            content = content if isinstance(content, Tensor) else content()
             content = content.detach().cpu().to(dtype or self.dtype).contiguous()
             weights = self.trt.Weights(data_type(self.trt, content.dtype), content.data_ptr(), content.numel())
             layer = self._network.add_constant(tuple(content.shape), weights)
@@ -197,6 +199,17 @@ class Graph:
         """`a` as `dtype`; `a` itself when it has that type."""
         wanted = data_type(self.trt, dtype)
         return a if a.dtype == wanted else self._layer("cast", self._network.add_cast(a, wanted))
+
+    def quantize(self, a: Value, scale: Value, dtype: torch.dtype, name: str) -> Value:
+        """``a / scale`` rounded to `dtype`, an 8-bit one, saturating; `scale` is float32 []."""
+        return self._layer(name, self._network.add_quantize(a, scale, data_type(self.trt, dtype)))
+
+    def dequantize(self, a: Value, scale: Value, name: str, axis: int | None = None) -> Value:
+        """``a * scale`` in the network's type; `scale` is float32, [] or one number for each index of `axis`."""
+        layer = self._network.add_dequantize(a, scale, data_type(self.trt, self.dtype))
+        if axis is not None:
+            layer.axis = axis
+        return self._layer(name, layer)
 
     def identity(self, a: Value, name: str) -> Value:
         """A copy of `a`, so that one value can be an output and an input of further layers under its own name."""

@@ -16,6 +16,7 @@ _FIELDS = re.compile(
     r"Outputs: \[(?P<outputs>.*?)\], TacticName: (?P<kernel>.*?), StreamId: "
 )
 _INNER_BRACKETS = re.compile(r"(Dimensions|Strides|StrideOrder): \[([-\d,]*)\]")
+_EIGHT_BITS = ("FP8", "Int8")
 _TENSOR = re.compile(r"\{ Name: (?P<name>.*?), Dimensions: <(?P<shape>[-\d,]*)>.*?Datatype: (?P<dtype>\w+)")
 
 
@@ -92,4 +93,14 @@ def copied_weights(layers: Sequence[BuiltLayer]) -> list[str]:
         for constant in layer.constants
         if len(constant.shape) > 1
         and any(output.shape in (constant.shape, (1, *constant.shape[1:])) for output in layer.outputs)
+    ]
+
+
+def quantized_products(layers: Sequence[BuiltLayer]) -> list[BuiltLayer]:
+    """The layers that multiply with an 8-bit matrix: library products and generated ones (``Fc``)."""
+    products = [layer for layer in layers if layer.kind == "gemm" or "Fc" in layer.name]
+    return [
+        layer
+        for layer in products
+        if any(len(constant.shape) > 1 and constant.dtype in _EIGHT_BITS for constant in layer.constants)
     ]

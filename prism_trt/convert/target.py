@@ -9,11 +9,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from prism_trt.convert.graph import Emitted, Graph, Value
 from prism_trt.convert.transformer import (
     FixedWeights,
     Pool,
+    layer_linears,
     layer_tensors,
     linear_tensors,
     pick,
@@ -34,10 +36,31 @@ from prism_trt.engines.tensorrt.names import (
     ROWS,
     TOKENS,
 )
+from prism_trt.quantize.scales import UNQUANTIZED, Scales
 from prism_trt.target.model import DecoderLayer, LlamaModel
 
+FUSION = "fusion"
+"""The matrix that fuses several hidden states; a part of the drafter."""
 
-def emit_target(trt: Any, model: LlamaModel, drafter: Drafter | None, capacity: int, dtype: torch.dtype) -> Emitted:
+
+def target_linears(model: LlamaModel) -> dict[str, list[nn.Linear]]:
+    """The linear layers by the names of their matrices in the network, those that are fused together."""
+    return {
+        f"{_layer(number)}.{name}": parts
+        for number, layer in enumerate(model.model.layers)
+        if isinstance(layer, DecoderLayer)
+        for name, parts in layer_linears(layer).items()
+    }
+
+
+def emit_target(
+    trt: Any,
+    model: LlamaModel,
+    drafter: Drafter | None,
+    capacity: int,
+    dtype: torch.dtype,
+    scales: Scales = UNQUANTIZED,
+) -> Emitted:
     """The network of `model`, which computes in `dtype` (float32 is for the walker: TensorRT does not build it).
 
     Args:
@@ -46,6 +69,7 @@ def emit_target(trt: Any, model: LlamaModel, drafter: Drafter | None, capacity: 
         drafter: whose features to give; when it fuses several hidden states, the fused ones.
         capacity: entries of a slot of the K/V pool.
         dtype: float16, bfloat16 or float32.
+        scales: of the matrices to quantise.
     """
     config = model.config
     graph = Graph(trt, dtype)
@@ -62,7 +86,7 @@ def emit_target(trt: Any, model: LlamaModel, drafter: Drafter | None, capacity: 
         for number, layer in enumerate(model.model.layers):
             assert isinstance(layer, DecoderLayer)
             with graph.scope(f"layers.{number}"):
-                weights = FixedWeights(graph, f"layers.{number}", layer_tensors(layer))
+                weights = FixedWeights(graph, _layer(number), layer_tensors(layer), scales)
                 remember = partial(pool.update, number)
                 x = transformer_layer(graph, config, weights, x, positions, rope, pool.mask, remember)
             states.append(x)
@@ -70,7 +94,7 @@ def emit_target(trt: Any, model: LlamaModel, drafter: Drafter | None, capacity: 
             norm = FixedWeights(graph, "final", {"norm": model.model.norm.weight})
             states[-1] = final = norm.scale(rms_norm(graph, x, config.rms_norm_eps), "norm")
         with graph.scope("features"):
-            graph.output(FEATURES, _features(graph, model, drafter, states))
+            graph.output(FEATURES, _features(graph, model, drafter, states, scales))
         with graph.scope("head"):
             name = "embedding" if config.tie_word_embeddings else "head"
             matrix = graph.weight(name, model.head_weight)
@@ -83,10 +107,15 @@ def emit_target(trt: Any, model: LlamaModel, drafter: Drafter | None, capacity: 
     return graph.finish()
 
 
-def _features(graph: Graph, model: LlamaModel, drafter: Drafter | None, states: list[Value]) -> Value:
+def _layer(number: int) -> str:
+    """The name that the constants of a layer begin with."""
+    return f"layers.{number}"
+
+
+def _features(graph: Graph, model: LlamaModel, drafter: Drafter | None, states: list[Value], scales: Scales) -> Value:
     """[B, T, H]: the hidden state that the drafter is fed, or the fusion of several."""
     fed = [states[i] for i in fed_layers(model.config, drafter.config if drafter else None)]
     joined = graph.concat(fed, 2)
     if drafter is None or drafter.fusion is None:
         return graph.identity(joined, "features")
-    return FixedWeights(graph, "features", linear_tensors(drafter.fusion, "fusion")).linear(joined, "fusion")
+    return FixedWeights(graph, FEATURES, linear_tensors(drafter.fusion, FUSION), scales).linear(joined, FUSION)

@@ -7,7 +7,7 @@ the K/V pool, L live entries of it (the width of the mask), M modules.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from prism_trt.config import DrafterConfig
 from prism_trt.convert.graph import Graph, Value
+from prism_trt.convert.quantized import quantized_linear
 from prism_trt.drafter.model import DrafterLayer
 from prism_trt.engines.tensorrt.names import CALL_TOKENS, LIVE, MASK, ROWS, WRITE_INDEX, cache_names
+from prism_trt.quantize.scales import UNQUANTIZED, Scales
 from prism_trt.target.config import TargetConfig
 from prism_trt.target.model import DecoderLayer, RMSNorm, rope_tables
 
@@ -46,6 +48,8 @@ class FixedWeights:
     graph: Graph
     prefix: str
     tensors: Mapping[str, Tensor]
+    scales: Scales = field(default_factory=lambda: UNQUANTIZED)
+    """Of the matrices to quantise, by their names in the network."""
 
     def has(self, name: str) -> bool:
         """See `Weights.has`."""
@@ -53,8 +57,11 @@ class FixedWeights:
 
     def linear(self, x: Value, name: str) -> Value:
         """See `Weights.linear`."""
-        matrix = self.graph.weight(f"{self.prefix}.{name}", self.tensors[name][None])
-        y = self.graph.matmul_transposed(x, matrix, name)
+        full, content = f"{self.prefix}.{name}", self.tensors[name][None]
+        if scales := self.scales.get(full):
+            y = quantized_linear(self.graph, x, full, content, scales, name)
+        else:
+            y = self.graph.matmul_transposed(x, self.graph.weight(full, content), name)
         return self.graph.add(y, self._vector(f"{name}.bias"), f"{name}.bias") if self.has(f"{name}.bias") else y
 
     def scale(self, x: Value, name: str) -> Value:
@@ -106,21 +113,26 @@ class SelectedWeights:
         return self.graph.weight(f"{self.prefix}.{name}", torch.stack([tensors[name] for tensors in self.tensors]))
 
 
+def layer_linears(layer: DecoderLayer | DrafterLayer) -> dict[str, list[nn.Linear]]:
+    """The linear layers of `layer`, those that are fused into one matrix together."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return {
+        QKV: [attention.q_proj, attention.k_proj, attention.v_proj],
+        OUT: [attention.o_proj],
+        GATE_UP: [mlp.gate_proj, mlp.up_proj],
+        DOWN: [mlp.down_proj],
+    }
+
+
 def layer_tensors(layer: DecoderLayer | DrafterLayer) -> dict[str, Tensor]:
     """The layer's weights, with q, k, v and gate, up each fused into one matrix."""
-    attention, mlp = layer.self_attn, layer.mlp
-    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-    tensors = {
-        QKV: torch.cat([projection.weight for projection in projections]),
-        OUT: attention.o_proj.weight,
-        MLP_NORM: layer.post_attention_layernorm.weight,
-        GATE_UP: torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight)),
-        DOWN: mlp.down_proj.weight,
-    }
+    tensors: dict[str, Tensor] = {MLP_NORM: layer.post_attention_layernorm.weight}
     if isinstance(layer.input_layernorm, RMSNorm):
         tensors[INPUT_NORM] = layer.input_layernorm.weight
-    if attention.q_proj.bias is not None:
-        tensors[f"{QKV}.bias"] = torch.cat([projection.bias for projection in projections])
+    for name, parts in layer_linears(layer).items():
+        tensors[name] = torch.cat([part.weight for part in parts]) if len(parts) > 1 else parts[0].weight
+        if parts[0].bias is not None:
+            tensors[f"{name}.bias"] = torch.cat([part.bias for part in parts])
     return tensors
 
 

@@ -20,6 +20,7 @@ from prism_trt.drafter.model import Drafter
 from prism_trt.engines.tensorrt.binding import NetworkLimits
 from prism_trt.engines.tensorrt.engine import FusedNetworkEngine, NetworkEngine
 from prism_trt.errors import PrismError
+from prism_trt.quantize.scales import UNQUANTIZED, Scales, to_quantized
 from prism_trt.target.loading import Target
 
 Operation = Callable[[Sequence[Tensor]], Sequence[Tensor]]
@@ -91,6 +92,7 @@ def make_walker_engine(
     limits: NetworkLimits,
     dtype: torch.dtype,
     shape: TreeShape | None = None,
+    scales: Scales = UNQUANTIZED,
 ) -> NetworkEngine:
     """An engine whose networks are emitted and walked: the reference for engines that run plans.
 
@@ -101,16 +103,17 @@ def make_walker_engine(
         limits: of the engine.
         dtype: the networks' type.
         shape: the tree of the round network; None drafts step by step.
+        scales: of the matrices to quantise.
     """
     cpu = torch.device("cpu")
     capacity = limits.capacity
-    walked = Walker(emit_target(trt, target.model, drafter, capacity, dtype))
+    walked = Walker(emit_target(trt, target.model, drafter, capacity, dtype, scales))
     if drafter is None:
         return NetworkEngine(target.config, None, limits, walked, None, cpu, dtype)
-    step = Walker(emit_step(trt, drafter, target.model, capacity, dtype))
+    step = Walker(emit_step(trt, drafter, target.model, capacity, dtype, scales=scales))
     if shape is None:
         return NetworkEngine(target.config, drafter, limits, walked, step, cpu, dtype)
-    draft_round = Walker(emit_round(trt, drafter, target.model, shape, capacity, dtype))
+    draft_round = Walker(emit_round(trt, drafter, target.model, shape, capacity, dtype, scales))
     return FusedNetworkEngine(target.config, drafter, limits, walked, step, draft_round, shape, cpu, dtype)
 
 
@@ -135,6 +138,8 @@ def _known(trt: Any) -> dict[Any, tuple[Any, Callable[[Any, Any], Operation]]]:
         kinds.ACTIVATION: (trt.IActivationLayer, lambda trt, layer: lambda x: [x[0].float().sigmoid()]),
         kinds.REDUCE: (trt.IReduceLayer, _reduce),
         kinds.CAST: (trt.ICastLayer, lambda trt, layer: lambda x: [x[0]]),
+        kinds.QUANTIZE: (trt.IQuantizeLayer, _quantize),
+        kinds.DEQUANTIZE: (trt.IDequantizeLayer, _dequantize),
         kinds.IDENTITY: (trt.IIdentityLayer, lambda trt, layer: lambda x: [x[0]]),
         kinds.MATRIX_MULTIPLY: (trt.IMatrixMultiplyLayer, _matmul),
         kinds.SHUFFLE: (trt.IShuffleLayer, _shuffle),
@@ -188,6 +193,23 @@ def _reduce(trt: Any, layer: Any) -> Operation:
     function = functions[layer.op]
     axis = layer.axes.bit_length() - 1
     return lambda x: [function(_wide(x[0]), dim=axis, keepdim=True)]
+
+
+def _quantize(trt: Any, layer: Any) -> Operation:
+    dtype = next(dtype for dtype in DTYPES if data_type(trt, dtype) == layer.to_type)
+    return lambda x: [to_quantized(x[0], x[1], dtype)]
+
+
+def _dequantize(trt: Any, layer: Any) -> Operation:
+    axis = layer.axis
+
+    def dequantize(x: Sequence[Tensor]) -> Sequence[Tensor]:
+        value, scale = x
+        if scale.dim():
+            scale = scale.reshape([-1 if i == axis else 1 for i in range(value.dim())])
+        return [value.float() * scale]
+
+    return dequantize
 
 
 def _matmul(trt: Any, layer: Any) -> Operation:

@@ -11,6 +11,7 @@ from prism_trt.config import DrafterConfig, StrictModel, TreeShape, parse
 from prism_trt.engines.protocol import EngineLimits
 from prism_trt.engines.tensorrt.binding import NetworkLimits
 from prism_trt.manifest import read_manifest
+from prism_trt.quantize.report import QuantizationReport
 from prism_trt.target.config import TargetConfig
 
 ENGINE_MANIFEST = "engine.json"
@@ -36,6 +37,7 @@ class NetworkReport(StrictModel):
     layers: int
     fused_attentions: int
     copied_weights: tuple[str, ...] = Field(description="weights that a layer copies on every call")
+    quantized_products: int = Field(description="layers that multiply with an 8-bit matrix")
 
 
 class GpuEngine(StrictModel):
@@ -44,6 +46,7 @@ class GpuEngine(StrictModel):
     compute_capability: str
     networks: dict[str, NetworkReport] = Field(description="by file name without its suffix")
     limits: NetworkLimits
+    quantization: QuantizationReport | None = None
 
 
 class EngineManifest(StrictModel):

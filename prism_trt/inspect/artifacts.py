@@ -263,6 +263,10 @@ def _engine_facts(manifest: EngineManifest) -> dict[str, str]:
         facts["target pass when built"] = ", ".join(f"{tokens} tokens {ms:.1f} ms" for tokens, ms in times)
     if manifest.gpu is not None:
         facts |= {f"{name} network": f"{r.layers} layers" for name, r in manifest.gpu.networks.items()}
+        if (quantized := manifest.gpu.quantization) is not None:
+            prompts = quantized.calibrated_prompts + quantized.measured_prompts
+            facts["quantisation"] = str(quantized)
+            facts["calibration"] = f"{prompts} prompts of a file with SHA-256 {quantized.calibration_sha256[:12]}"
     facts |= {f"target {name}": value for name, value in _target_facts(manifest.target).items()}
     if manifest.drafter is None:
         return facts | {"drafter": "none: plain decoding only"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -82,8 +83,8 @@ def test_a_bundle_for_a_gpu_whose_compiler_needs_it(models: tuple[Path, Path], t
 def test_a_wrong_network_is_not_bundled(
     models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def another_model(trt: object, target: Target, *rest: object) -> Engine:
-        return make_walker_engine(trt, tiny_target(seed=9, hidden_size=128, head_dim=64), *rest)  # type: ignore[arg-type]
+    def another_model(trt: object, target: Target, *rest: Any, **options: Any) -> Engine:
+        return make_walker_engine(trt, tiny_target(seed=9, hidden_size=128, head_dim=64), *rest, **options)
 
     monkeypatch.setattr("prism_trt.build.bundle.make_walker_engine", another_model)
     with pytest.raises(PrismError, match="target network in float16 deviates by"):

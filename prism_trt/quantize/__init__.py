@@ -1,0 +1,1 @@
+"""Quantised engines: scales from calibration prompts, and what they cost, before anything is compiled."""
