@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,13 +17,15 @@ from prism_trt.storage import writing
 TENSOR = {"a": torch.zeros(50_000)}
 
 
-@pytest.fixture
+@contextmanager
 def small_disk() -> Iterator[None]:
-    """Files of this process cannot grow beyond 10 kB."""
+    """Files of this process, pytest's own output among them, cannot grow beyond 10 kB inside the block."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.parametrize(
@@ -34,11 +37,12 @@ def small_disk() -> Iterator[None]:
     ],
     ids=["python", "safetensors", "torch"],
 )
-def test_a_full_disk(write: Callable[[Path], object], tmp_path: Path, small_disk: None) -> None:
+def test_a_full_disk(write: Callable[[Path], object], tmp_path: Path) -> None:
     path = tmp_path / "shard"
     with (
         pytest.raises(PrismError, match=r"cannot write .*shard \(.*\): free space or write to a larger"),
         writing(path),
+        small_disk(),
     ):
         write(path)
 
