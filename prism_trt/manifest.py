@@ -83,6 +83,11 @@ def atomic_file(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def own_fields(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a manifest that its kind defines: those given to `write_manifest`."""
+    return {key: value for key, value in manifest.items() if key not in ("format", "kind", "files")}
+
+
 def write_manifest(directory: Path, name: str, kind: str, fields: dict[str, Any]) -> None:
     """Write `directory/name` recording `kind`, `fields` and the SHA-256 and size of every other file below it."""
     files = {

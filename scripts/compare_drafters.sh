@@ -16,12 +16,12 @@ train() { # NAME SEED OPTIONS...
     shift 2
     [ -f "$work/$name-$seed/drafter/config.json" ] && return
     python -m prism_trt.train --target "$target" --cache "$work/cache" --seed "$seed" --overwrite \
-        --out "$work/$name-$seed/drafter" --work "$work/$name-$seed/work" "$@"
+        --out "$work/$name-$seed/drafter" --work "$work/$name-$seed/checkpoints" "$@"
 }
 
 continue_from_warm_up() { # NAME SEED: the checkpoint at the end of stage one_step
-    mkdir -p "$work/$1-$2/work"
-    cp -n "$work/warm-$2/work/stage-0-one_step.pt" "$work/$1-$2/work/"
+    mkdir -p "$work/$1-$2/checkpoints"
+    cp -n "$work/warm-$2/checkpoints/stage-0-one_step.pt" "$work/$1-$2/checkpoints/"
 }
 
 python -m prism_trt.train --target "$target" --data "$prompts" --cache "$work/cache" --generate-only --features multi \

@@ -21,7 +21,7 @@ from prism_trt.engines.protocol import Engine, TokenBatch
 from prism_trt.engines.tensorrt.binding import NetworkLimits
 from prism_trt.engines.torch_engine import TorchEngine
 from prism_trt.errors import PrismError
-from prism_trt.manifest import read_manifest, write_manifest
+from prism_trt.manifest import own_fields, read_manifest, write_manifest
 from prism_trt.quantize.report import QuantizationReport, Quantized
 from prism_trt.quantize.scales import load_scales, save_scales
 from prism_trt.target.config import TargetConfig
@@ -99,8 +99,7 @@ def read_bundle(path: Path) -> BundleManifest:
     Raises:
         PrismError: it is missing, damaged, or a file of the bundle is missing or truncated.
     """
-    values = read_manifest(path, MANIFEST, KIND)
-    fields = {key: value for key, value in values.items() if key not in ("format", "kind", "files")}
+    fields = own_fields(read_manifest(path, MANIFEST, KIND))
     return parse(BundleManifest, fields, str(Path(path) / MANIFEST))
 
 
@@ -120,24 +119,18 @@ def _deviations(trt: Any, plan: BuildPlan, dtype: str) -> dict[str, float]:
     exact = TorchEngine(plan.target, plan.drafter, limits.engine, torch.device("cpu"), torch.float32)
     walked = make_walker_engine(trt, plan.target, plan.drafter, limits, getattr(torch, dtype), scales=plan.scales)
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, plan.target.config.vocab_size, (1, _TOKENS), generator=generator)
-    batch = _batch(tokens, 0)
+    tokens = torch.randint(0, plan.target.config.vocab_size, (_TOKENS,), generator=generator)
+    batch = TokenBatch.one_row(tokens, 0)
     expected, found = exact.forward(batch), walked.forward(batch)
     deviation = {"target": _error(found.logits, expected.logits)}
     if plan.drafter is not None:
         # The walked target fuses multi features itself, so each engine is fed with its own.
         first = [engine.extend(batch, output.features) for engine, output in ((exact, expected), (walked, found))]
-        fed = _batch(tokens[:, :1], _TOKENS)
+        fed = TokenBatch.one_row(tokens[:1], _TOKENS)
         engines: tuple[Engine, Engine] = (exact, walked)
         second = [engine.step(1, fed, output.hidden) for engine, output in zip(engines, first, strict=True)]
         deviation["step"] = max(_error(b.logits, a.logits) for a, b in (first, second))
     return deviation
-
-
-def _batch(tokens: torch.Tensor, length: int) -> TokenBatch:
-    row = torch.zeros(1, dtype=torch.int64)
-    count = tokens.shape[1]
-    return TokenBatch(tokens, torch.arange(length, length + count)[None], row, row + length, row + count)
 
 
 def _error(found: torch.Tensor | None, expected: torch.Tensor | None) -> float:

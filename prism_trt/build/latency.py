@@ -28,9 +28,7 @@ def _median_ms(call: Callable[[], object]) -> float:
 
 
 def _batch(tokens: int, length: int) -> TokenBatch:
-    positions = torch.arange(length, length + tokens).unsqueeze(0)
-    row = torch.zeros(1, dtype=torch.int64)
-    return TokenBatch(torch.zeros_like(positions), positions, row, row + length, row + tokens)
+    return TokenBatch.one_row(torch.zeros(tokens, dtype=torch.int64), length)
 
 
 def measure(engine: Engine) -> LatencyTable:

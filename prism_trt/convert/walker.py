@@ -109,12 +109,13 @@ def make_walker_engine(
     capacity = limits.capacity
     walked = Walker(emit_target(trt, target.model, drafter, capacity, dtype, scales))
     if drafter is None:
-        return NetworkEngine(target.config, None, limits, walked, None, cpu, dtype)
+        return NetworkEngine(target.config, None, None, limits, walked, None, cpu, dtype)
+    of_drafter = (target.config, drafter.config, drafter.draft_vocab, limits, walked)
     step = Walker(emit_step(trt, drafter, target.model, capacity, dtype, scales=scales))
     if shape is None:
-        return NetworkEngine(target.config, drafter, limits, walked, step, cpu, dtype)
+        return NetworkEngine(*of_drafter, step, cpu, dtype)
     draft_round = Walker(emit_round(trt, drafter, target.model, shape, capacity, dtype, scales))
-    return FusedNetworkEngine(target.config, drafter, limits, walked, step, draft_round, shape, cpu, dtype)
+    return FusedNetworkEngine(*of_drafter, step, draft_round, shape, cpu, dtype)
 
 
 def _wide(value: Tensor) -> Tensor:

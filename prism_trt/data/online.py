@@ -57,9 +57,6 @@ class OnlineFeatures:
         inputs, chunk = known.tokens[:-1], self._engine.limits.tokens_per_call
         parts = []
         for start in range(0, len(inputs), chunk):
-            tokens = inputs[start : start + chunk][None].to(self._engine.device)
-            positions = torch.arange(start, start + tokens.shape[1], device=self._engine.device)[None]
-            row = torch.zeros(1, dtype=torch.int64, device=self._engine.device)
-            batch = TokenBatch(tokens, positions, row, row + start, row + tokens.shape[1])
+            batch = TokenBatch.one_row(inputs[start : start + chunk].to(self._engine.device), start)
             parts.append(self._engine.forward(batch, "none").features[0].to("cpu", torch.bfloat16))
         return FeatureSequence.of(known.tokens, torch.cat(parts), self._count, known.prompt_length, known.greedy)

@@ -92,15 +92,6 @@ def prepare_prompts(
     return prompts.prompts, report
 
 
-def read_messages(path: Path) -> list[list[Message]]:
-    """The prompt of each usable record: everything up to the last user message whose history has answers.
-
-    Raises:
-        PrismError: the file cannot be read or is empty, a line is not a record (by number), or none is usable.
-    """
-    return [planned_prompts(conversation)[0] for conversation in read_records(path).conversations]
-
-
 def tokenize_prompts(conversations: Iterable[Sequence[Message]], tokenizer: Tokenizer, max_tokens: int) -> PromptSet:
     """Render conversations with the chat template and its generation prompt; drop long ones and repetitions.
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from prism_trt.config import DrafterConfig, StrictModel, TreeShape, parse
 from prism_trt.engines.protocol import EngineLimits
 from prism_trt.engines.tensorrt.binding import NetworkLimits
-from prism_trt.manifest import read_manifest
+from prism_trt.manifest import own_fields, read_manifest
 from prism_trt.quantize.report import QuantizationReport
 from prism_trt.target.config import TargetConfig
 
@@ -77,6 +77,5 @@ def read_engine_manifest(path: Path) -> EngineManifest:
     Raises:
         PrismError: it is missing, damaged, of another version, or a file of the engine is missing or truncated.
     """
-    values: dict[str, Any] = read_manifest(path, ENGINE_MANIFEST, ENGINE_KIND)
-    fields = {key: value for key, value in values.items() if key not in ("format", "kind", "files")}
+    fields = own_fields(read_manifest(path, ENGINE_MANIFEST, ENGINE_KIND))
     return parse(EngineManifest, fields, str(Path(path) / ENGINE_MANIFEST))

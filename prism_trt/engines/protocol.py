@@ -53,6 +53,14 @@ class TokenBatch:
     offset: int = 0
     """In-flight entries (earlier levels of the tree) already written past `lengths` by earlier calls."""
 
+    @classmethod
+    def one_row(cls, tokens: Tensor, length: int) -> TokenBatch:
+        """The tokens [T] int64 that follow `length` committed ones in slot 0, causal."""
+        count = len(tokens)
+        row = torch.zeros(1, dtype=torch.int64, device=tokens.device)
+        positions = torch.arange(length, length + count, device=tokens.device)[None]
+        return cls(tokens[None], positions, row, row + length, row + count)
+
 
 @dataclass(frozen=True)
 class TargetOutput:

@@ -25,7 +25,7 @@ from prism_trt.engines.loading import load_engine_tokenizer
 from prism_trt.engines.manifest import ENGINE_KIND, ENGINE_MANIFEST, EngineManifest, read_engine_manifest
 from prism_trt.errors import PrismError
 from prism_trt.inspect.report import Report, require
-from prism_trt.manifest import read_manifest, verify_files
+from prism_trt.manifest import own_fields, read_manifest, verify_files
 from prism_trt.target.config import TargetConfig
 from prism_trt.target.loading import Target, load_target
 
@@ -136,7 +136,7 @@ def _inspect_cache(report: Report, path: Path, expected: Target | None) -> None:
     if manifest is None:
         return
     report.check(f"SHA-256 of {len(manifest['files'])} files", lambda: verify_files(path, manifest))
-    report.facts |= {key: _shown(value) for key, value in manifest.items() if key not in ("format", "kind", "files")}
+    report.facts |= {key: _shown(value) for key, value in own_fields(manifest).items()}
     width = manifest.get("feature_size")
     for name in sorted(manifest["files"]):
         if name.endswith(".safetensors"):

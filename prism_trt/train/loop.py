@@ -194,7 +194,8 @@ class Trainer:
                 save = last or (update + 1) % self._config.save_every == 0
                 if not (simulate or save):
                     continue
-                weights, moments = whole_weights(model), whole_moments(model, optimizer.parts)
+                weights = whole_weights(model)
+                moments = whole_moments(model, optimizer.parts) if save else {}
                 if save and world.first:
                     current = RunState(
                         *(self._signatures[stage.number], stage.number, update + 1, rows, seconds),
@@ -211,7 +212,7 @@ class Trainer:
             drafter = self._plain(drafter, whole_weights(model))
         if acceptance is None and len(self._held_back) and world.first:
             acceptance = self._simulate(drafter)
-        vocabulary = self._vocabulary_loss(drafter) if world.first else None
+        vocabulary = self._vocabulary_loss(drafter, acceptance)
         return TrainingResult(_as_kind(drafter, self._config).cpu().eval(), rows, seconds, acceptance, vocabulary)
 
     def drafter_of(self, stage: Stage) -> Drafter:
@@ -306,12 +307,13 @@ class Trainer:
         drafter = drafter.to(self._world.device)
         return simulate_acceptance(drafter, self._embedding, head, self._held_back_batches(), self._compute)
 
-    def _vocabulary_loss(self, drafter: Drafter) -> VocabularyLoss | None:
-        if drafter.draft_vocab is None or drafter.lm_head is not None or not len(self._held_back):
+    def _vocabulary_loss(self, drafter: Drafter, acceptance: SimulatedAcceptance | None) -> VocabularyLoss | None:
+        """None on ranks that did not simulate `acceptance`, too."""
+        if acceptance is None or drafter.draft_vocab is None or drafter.lm_head is not None:
             return None
         target_head = self._target_head.to(self._world.device, self._compute)
         batches = list(self._held_back_batches())
-        return vocabulary_loss(drafter, self._embedding, self._head, target_head, batches, self._compute)
+        return vocabulary_loss(drafter, self._embedding, target_head, batches, self._compute, acceptance)
 
     def _held_back_batches(self) -> Iterator[PackedBatch]:
         """Batches of at most 8 sequences, because all draft steps of a batch are held at once."""

@@ -93,14 +93,13 @@ def simulate_acceptance(
 def vocabulary_loss(
     drafter: Drafter,
     embedding: Tensor,
-    head: Tensor,
     target_head: Tensor,
     batches: list[PackedBatch],
     compute: torch.dtype,
+    restricted: SimulatedAcceptance,
 ) -> VocabularyLoss:
-    """Compare predicting with `head` [D, H] and with the whole `target_head` [V, H], on packed greedy answers."""
+    """Compare `restricted`, simulated on the same `batches`, with predicting by the whole `target_head` [V, H]."""
     labels = torch.cat([batch.next_tokens for batch in batches])
-    restricted = simulate_acceptance(drafter, embedding, head, batches, compute)
     whole = simulate_acceptance(drafter, embedding, target_head, batches, compute, whole_vocabulary=True)
     covered = (_drafted(drafter, labels) >= 0).double().mean()
     return VocabularyLoss(float(covered), restricted.chain, whole.chain)

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from prism_trt.data.accounting import DataReport
-from prism_trt.data.prompts import PromptConfig, prepare_prompts, read_messages, tokenize_prompts
+from prism_trt.data.prompts import PromptConfig, prepare_prompts, tokenize_prompts
+from prism_trt.data.reading import read_records
+from prism_trt.data.turns import planned_prompts
 from prism_trt.errors import PrismError
 from prism_trt.target.tokenizer import Tokenizer, TokenizerSettings
 from tests.data.chat_templates import GEMMA, WITHOUT_GENERATION_PROMPT
@@ -19,6 +21,11 @@ from tests.tiny import tiny_tokenizer
 def write(path: Path, *records: Any) -> Path:
     path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in records) + "\n")
     return path
+
+
+def read_messages(path: Path) -> list[list[dict[str, str]]]:
+    """What is asked by default: one prompt of each usable record."""
+    return [planned_prompts(conversation)[0] for conversation in read_records(path).conversations]
 
 
 def user(text: str) -> dict[str, str]:

@@ -7,8 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from prism_trt.config import TreeShape
-from prism_trt.drafter.model import Drafter
+from prism_trt.config import DrafterConfig, TreeShape
 from prism_trt.engines.protocol import DraftOutput, LogitsFor, TargetOutput, TokenBatch, Tree
 from prism_trt.engines.tensorrt.binding import Call, NetworkLimits, calls_of, common_inputs, pool_inputs
 from prism_trt.engines.tensorrt.names import (
@@ -46,7 +45,8 @@ class NetworkEngine:
     def __init__(
         self,
         config: TargetConfig,
-        drafter: Drafter | None,
+        drafter: DrafterConfig | None,
+        draft_vocab: Tensor | None,
         limits: NetworkLimits,
         target: Executable,
         step: Executable | None,
@@ -58,7 +58,7 @@ class NetworkEngine:
         self.limits = limits.engine
         self.vocab_size = config.vocab_size
         self.has_drafter = drafter is not None
-        self.draft_vocab = None if drafter is None or drafter.draft_vocab is None else drafter.draft_vocab.to(device)
+        self.draft_vocab = None if draft_vocab is None else draft_vocab.to(device)
         # What the target network gives is fused already, so features are as wide as hidden states.
         self.feature_size = self.hidden_size = config.hidden_size
         self._network_limits = limits
@@ -67,11 +67,11 @@ class NetworkEngine:
         self._pool = _allocate(config.num_layers, config.num_kv_heads, config.head_dim, limits, dtype, device)
         self._step = step
         if drafter is not None:
-            shape = drafter.config
-            self.hidden_size = shape.hidden_size
-            self._reads_hidden = shape.features != "none"
-            self._many_modules = shape.num_modules > 1
-            self._draft_pool = _allocate(shape.num_layers, shape.num_kv_heads, shape.head_dim, limits, dtype, device)
+            self.hidden_size = drafter.hidden_size
+            self._reads_hidden = drafter.features != "none"
+            self._many_modules = drafter.num_modules > 1
+            layers, kv_heads, head_dim = drafter.num_layers, drafter.num_kv_heads, drafter.head_dim
+            self._draft_pool = _allocate(layers, kv_heads, head_dim, limits, dtype, device)
 
     def forward(self, batch: TokenBatch, logits_for: LogitsFor = "all") -> TargetOutput:
         """See `prism_trt.engines.protocol.Engine.forward`.
@@ -131,7 +131,8 @@ class FusedNetworkEngine(NetworkEngine):
     def __init__(
         self,
         config: TargetConfig,
-        drafter: Drafter,
+        drafter: DrafterConfig,
+        draft_vocab: Tensor | None,
         limits: NetworkLimits,
         target: Executable,
         step: Executable,
@@ -141,7 +142,7 @@ class FusedNetworkEngine(NetworkEngine):
         dtype: torch.dtype,
     ) -> None:
         """As `NetworkEngine`, with the round network that was emitted for `shape`, which becomes the default tree."""
-        super().__init__(config, drafter, limits, target, step, device, dtype)
+        super().__init__(config, drafter, draft_vocab, limits, target, step, device, dtype)
         self._round = draft_round
         self.default_tree = shape
 

@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from prism_trt.drafter.model import Drafter
 from prism_trt.engines.manifest import EngineManifest
 from prism_trt.engines.tensorrt.engine import FusedNetworkEngine, NetworkEngine
 from prism_trt.engines.tensorrt.files import BINDINGS, DRAFT_VOCAB, ROUND, STEP, TARGET, plan_file
@@ -91,23 +90,13 @@ def open_engine(path: Path, manifest: EngineManifest) -> NetworkEngine:
         return CompiledNetwork(trt, runtime, path / plan_file(name), device)
 
     if manifest.drafter is None:
-        return NetworkEngine(manifest.target, None, gpu.limits, network(TARGET), None, device, dtype)
-    return FusedNetworkEngine(
-        *(manifest.target, _drafter_shape(path, manifest), gpu.limits, network(TARGET), network(STEP), network(ROUND)),
-        *(manifest.default_tree, device, dtype),
-    )
-
-
-def _drafter_shape(path: Path, manifest: EngineManifest) -> Drafter:
-    """The drafter without weights, which are in the plans."""
-    assert manifest.drafter is not None
-    vocab = None
+        return NetworkEngine(manifest.target, None, None, gpu.limits, network(TARGET), None, device, dtype)
+    draft_vocab = None
     if manifest.drafter.draft_vocab_size is not None:
-        vocab = load_file(path / DRAFT_VOCAB)["draft_vocab"].long()
-    with torch.device("meta"):
-        drafter = Drafter(manifest.drafter, None if vocab is None else vocab.to("meta"), manifest.target.vocab_size)
-    drafter.draft_vocab = vocab
-    return drafter
+        draft_vocab = load_file(path / DRAFT_VOCAB)["draft_vocab"].long()
+    models = (manifest.target, manifest.drafter, draft_vocab, gpu.limits)
+    target, step, draft_round = network(TARGET), network(STEP), network(ROUND)
+    return FusedNetworkEngine(*models, target, step, draft_round, manifest.default_tree, device, dtype)
 
 
 def _torch_type(trt: Any, dtype: Any) -> torch.dtype:
