@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from prism_trt.bench.prompts import PROMPTS as MEASURED
 from prism_trt.config import GenerationConfig, TrainConfig
-from prism_trt.data.prompts import read_messages
+from prism_trt.data.reading import read_records
+from prism_trt.data.turns import planned_prompts
 from prism_trt.deploy.repository import read_repository
 from prism_trt.drafter.checkpoint import load_drafter
 from prism_trt.engines.loading import load_engine
@@ -28,7 +29,8 @@ def quiet(text: str) -> None:
 
 
 def test_shipped_prompts_are_varied_and_apart_from_the_measured_ones() -> None:
-    prompts = [messages[-1]["content"] for messages in read_messages(PROMPTS)]
+    conversations = read_records(PROMPTS).conversations
+    prompts = [planned_prompts(conversation)[0][-1]["content"] for conversation in conversations]
     assert len(prompts) >= 200
     assert len(set(prompts)) == len(prompts)
     assert not set(prompts) & set(MEASURED)
