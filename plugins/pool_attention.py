@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import triton
@@ -190,8 +191,12 @@ def compile_pool_attention(
     capacity: int,
     tactic: Tactic,
     compute_capability: int,
+    kernels: Path,
 ) -> CompiledKernel:
-    """Compile for pools [S, g, C, d] of any number of slots; `element_type` is Triton's: ``fp16`` or ``bf16``."""
+    """Compile for pools [S, g, C, d] of any number of slots; `element_type` is Triton's: ``fp16`` or ``bf16``.
+
+    `kernels` as for `compile_kernel`.
+    """
     pointer = f"*{element_type}"
     inputs = dict.fromkeys(("q", "k", "v", "k_pool", "v_pool"), pointer)
     extras = {"slots": "*i32", "lengths": "*i32", "mask": "*i8", "num_tokens": "i32", "num_in_flight": "i32"}
@@ -203,6 +208,7 @@ def compile_pool_attention(
         compute_capability,
         tactic.num_warps,
         tactic.num_stages,
+        kernels,
     )
 
 

@@ -5,15 +5,19 @@ implementations are ahead of time only: the engine holds PTX and needs neither P
 """
 
 # `tensorrt.plugin` reads the annotations as objects: no `from __future__ import annotations` here.
+import math
+from pathlib import Path
 from typing import Any
 
 import numpy.typing  # noqa: F401  `tensorrt.plugin` uses it without importing it
 import tensorrt as trt
 import tensorrt.plugin as trtp
 
+from prism_trt.errors import PrismError
+
 from . import pool_attention as pool
 from . import step_linear as linear
-from .compilation import CompiledKernel
+from .compilation import CompiledKernel, kernel_cache
 
 _TRITON_TYPES = {trt.float16: "fp16", trt.bfloat16: "bf16", trt.fp8: "fp8e4nv"}
 
@@ -28,8 +32,9 @@ def _describe_step_linear(
     compute_capability: int,
     has_scales: bool,
     has_bias: bool,
+    kernels: str,
 ) -> trtp.TensorDesc:
-    return trtp.from_shape_expr((x.shape_expr[0], weights.shape_expr[1]), x.dtype)
+    return trtp.from_shape_expr((*list(x.shape_expr)[:-1], weights.shape_expr[1]), x.dtype)
 
 
 @trtp.autotune("prism::step_linear")
@@ -42,7 +47,7 @@ def _tune_step_linear(
     outputs: tuple[trtp.TensorDesc],
 ) -> list[trtp.AutoTuneCombination]:
     tensors = (x, weights, scales, bias, module_of_token, *outputs)
-    return [_combination(tensors, linear.tactics_for(_largest(x, 0)))]
+    return [_combination(tensors, linear.tactics_for(math.prod(_largest(x, axis) for axis in range(len(x.shape) - 1))))]
 
 
 @trtp.aot_impl("prism::step_linear")
@@ -55,6 +60,7 @@ def _compile_step_linear(
     compute_capability: int,
     has_scales: bool,
     has_bias: bool,
+    kernels: str,
     outputs: tuple[trtp.TensorDesc],
     tactic: int,
 ) -> tuple[str | bytes, str | bytes, trtp.KernelLaunchParams, trtp.SymIntExprs]:
@@ -68,8 +74,9 @@ def _compile_step_linear(
         has_bias,
         tiles,
         compute_capability,
+        Path(kernels),
     )
-    num_tokens = x.shape_expr[0]
+    num_tokens = math.prod(list(x.shape_expr)[1:-1], start=x.shape_expr[0])
     grid = (trtp.cdiv(num_tokens, tiles.tokens), -(-out_features // tiles.outputs), num_modules)
     return _launch(kernel, grid, num_tokens)
 
@@ -85,6 +92,7 @@ def _describe_pool_attention(
     lengths: trtp.TensorDesc,
     mask: trtp.TensorDesc,
     compute_capability: int,
+    kernels: str,
 ) -> tuple[trtp.TensorDesc, trtp.TensorDesc, trtp.TensorDesc]:
     return q.like(), k_pool.aliased(), v_pool.aliased()
 
@@ -117,6 +125,7 @@ def _compile_pool_attention(
     lengths: trtp.TensorDesc,
     mask: trtp.TensorDesc,
     compute_capability: int,
+    kernels: str,
     outputs: tuple[trtp.TensorDesc, trtp.TensorDesc, trtp.TensorDesc],
     tactic: int,
 ) -> tuple[str | bytes, str | bytes, trtp.KernelLaunchParams, trtp.SymIntExprs]:
@@ -124,7 +133,7 @@ def _compile_pool_attention(
     _, kv_heads, capacity, head_dim = k_pool.shape
     tiles = pool.TACTICS[tactic]
     kernel = pool.compile_pool_attention(
-        _TRITON_TYPES[q.dtype], heads, kv_heads, head_dim, capacity, tiles, compute_capability
+        _TRITON_TYPES[q.dtype], heads, kv_heads, head_dim, capacity, tiles, compute_capability, Path(kernels)
     )
     batch, num_tokens = q.shape_expr[0], q.shape_expr[1]
     grid = (trtp.cdiv(num_tokens * (heads // kv_heads), tiles.rows), kv_heads, batch)
@@ -157,13 +166,17 @@ def add_step_linear(
     compute_capability: int,
     scales: trt.ITensor | None = None,
     bias: trt.ITensor | None = None,
+    kernels: Path | None = None,
+    name: str | None = None,
 ) -> trt.ITensor:
     """Add ``prism::step_linear``; arguments and result as in `step_linear.step_linear`, as network tensors.
 
-    `weights` is best the output of a constant layer, or a network input: either is read in place.
+    `weights` is best the output of a constant layer, or a network input: either is read in place. Tokens may have
+    several axes: `x` [B, T, I] and `module_of_token` [B, T] give [B, T, O]. `kernels` is the directory of
+    compiled kernels (`compilation.compile_kernel`), the user's own when None, and `name` the layer's.
 
     Raises:
-        PrismError: FP8 weights for a GPU without FP8.
+        PrismError: FP8 weights for a GPU without FP8, or TensorRT refuses the layer.
     """
     linear.check_weight_type(weights.dtype == trt.fp8, compute_capability)
     # A plugin has a fixed number of inputs: x stands in for those that are absent, and the kernel does not read them.
@@ -176,8 +189,9 @@ def add_step_linear(
         compute_capability=compute_capability,
         has_scales=scales is not None,
         has_bias=bias is not None,
+        kernels=str(kernels or kernel_cache()),
     )
-    return network.add_plugin(plugin, aot=True).get_output(0)
+    return _layer(network, plugin, name).get_output(0)
 
 
 def add_pool_attention(
@@ -191,15 +205,40 @@ def add_pool_attention(
     lengths: trt.ITensor,
     mask: trt.ITensor,
     compute_capability: int,
+    kernels: Path | None = None,
+    name: str | None = None,
 ) -> tuple[trt.ITensor, trt.ITensor, trt.ITensor]:
     """Add ``prism::pool_attention``; arguments as in `pool_attention.pool_attention`, as network tensors.
+
+    `kernels` and `name` as for `add_step_linear`.
 
     The pools must be network inputs. The attention output and the two updated pools are returned; mark the pools as
     network outputs and bind each to the address of its input. The builder configuration needs the preview feature
     ``ALIASED_PLUGIN_IO_10_03``.
+
+    Raises:
+        PrismError: TensorRT refuses the layer.
     """
     plugin = trtp.op.prism.pool_attention(
-        q, k, v, k_pool, v_pool, slots, lengths, mask, compute_capability=compute_capability
+        q,
+        k,
+        v,
+        k_pool,
+        v_pool,
+        slots,
+        lengths,
+        mask,
+        compute_capability=compute_capability,
+        kernels=str(kernels or kernel_cache()),
     )
-    layer = network.add_plugin(plugin, aot=True)
+    layer = _layer(network, plugin, name)
     return layer.get_output(0), layer.get_output(1), layer.get_output(2)
+
+
+def _layer(network: trt.INetworkDefinition, plugin: Any, name: str | None) -> Any:
+    layer = network.add_plugin(plugin, aot=True)
+    if layer is None:
+        raise PrismError(f"TensorRT refused the plugin layer {name or ''}: its log above says why")
+    if name is not None:
+        layer.name = name
+    return layer

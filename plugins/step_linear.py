@@ -11,6 +11,7 @@ the host never needs to know which module runs.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import triton
@@ -148,8 +149,11 @@ def compile_step_linear(
     has_bias: bool,
     tactic: Tactic,
     compute_capability: int,
+    kernels: Path,
 ) -> CompiledKernel:
     """Compile for weights of `shape` [M, O, I]; types are Triton's: ``fp16``, ``bf16``, and ``fp8e4nv`` for weights.
+
+    `kernels` as for `compile_kernel`.
 
     Raises:
         PrismError: FP8 weights on a GPU without FP8.
@@ -170,6 +174,7 @@ def compile_step_linear(
         compute_capability,
         tactic.num_warps,
         tactic.num_stages,
+        kernels,
     )
 
 

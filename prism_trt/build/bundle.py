@@ -1,24 +1,30 @@
 """Bundles: everything an engine is made of, for a GPU whose compiler runs only beside it.
 
 A bundle is built and checked anywhere; the GPU host compiles it with one command. It holds the weights in Hugging Face
-spelling, the tokenizer, the drafter and ``bundle.json``.
+spelling, the tokenizer, the drafter, the compiled plugins of the step network (PTX) and ``bundle.json``.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from prism_trt.build.gpu import step_plugins
 from prism_trt.build.plan import BuildPlan, own_versions
 from prism_trt.build.profile import GpuProfile
 from prism_trt.config import DrafterConfig, StrictModel, TreeShape, parse
+from prism_trt.convert.compile import serving_profile
+from prism_trt.convert.drafter import emit_step
+from prism_trt.convert.plugins import Plugins, compile_kernels
 from prism_trt.convert.walker import make_walker_engine
 from prism_trt.drafter.checkpoint import save_drafter
 from prism_trt.engines.loading import DRAFTER_DIRECTORY, TARGET_DIRECTORY
 from prism_trt.engines.protocol import Engine, TokenBatch
 from prism_trt.engines.tensorrt.binding import NetworkLimits
+from prism_trt.engines.tensorrt.names import CALL_TOKENS, ROWS
 from prism_trt.engines.torch_engine import TorchEngine
 from prism_trt.errors import PrismError
 from prism_trt.manifest import own_fields, read_manifest, write_manifest
@@ -29,6 +35,8 @@ from prism_trt.target.loading import save_hf
 
 MANIFEST = "bundle.json"
 KIND = "engine bundle"
+BUNDLED_RUNTIME = "tensorrt"
+"""The one whose compiler runs beside the GPU."""
 _TOKENS = 8
 _MOST_DEVIATION = {"float16": 0.02, "bfloat16": 0.15}
 """Root mean square error of logits over their size that rounding explains; a wrong network is off by about 1."""
@@ -62,7 +70,8 @@ def write_bundle(trt: Any, plan: BuildPlan, settings: GpuProfile, limits: Networ
         PrismError: a network does not compute what the model does.
     """
     target, drafter = plan.target, plan.drafter
-    deviation = _deviations(trt, plan, dtype)
+    plugins = step_plugins(plan, settings, limits)
+    deviation = _deviations(trt, plan, dtype, plugins)
     most, instead = _MOST_DEVIATION[dtype], "choose the other --dtype"
     if plan.quantized is not None:
         most, instead = _MOST_DEVIATION_QUANTIZED, f"leave out --{plan.quantized.report.quantization}"
@@ -75,6 +84,9 @@ def write_bundle(trt: Any, plan: BuildPlan, settings: GpuProfile, limits: Networ
     save_hf(target, plan.directory / TARGET_DIRECTORY)
     if drafter is not None:
         save_drafter(drafter, plan.directory / DRAFTER_DIRECTORY)
+        profile = serving_profile(limits)
+        step = emit_step(trt, drafter, target.model, limits.capacity, getattr(torch, dtype), plan.scales, plugins)
+        compile_kernels(step, profile[ROWS].most * profile[CALL_TOKENS].most, plugins)
     if plan.quantized is not None:
         save_scales(plan.quantized.scales, plan.directory)
     manifest = BundleManifest(
@@ -113,11 +125,14 @@ def bundled_quantization(path: Path, manifest: BundleManifest) -> Quantized | No
     return None if report is None else Quantized(load_scales(path, report.quantization), report)
 
 
-def _deviations(trt: Any, plan: BuildPlan, dtype: str) -> dict[str, float]:
+def _deviations(trt: Any, plan: BuildPlan, dtype: str, plugins: Plugins) -> dict[str, float]:
     """Relative error of logits: a prefill of the target, then draft steps 0 and 1."""
     limits = NetworkLimits(1, 4 * _TOKENS, 2 * _TOKENS, plan.tree.size)
     exact = TorchEngine(plan.target, plan.drafter, limits.engine, torch.device("cpu"), torch.float32)
-    walked = make_walker_engine(trt, plan.target, plan.drafter, limits, getattr(torch, dtype), scales=plan.scales)
+    plugins = replace(plugins, slots=limits.slots)
+    walked = make_walker_engine(
+        trt, plan.target, plan.drafter, limits, getattr(torch, dtype), scales=plan.scales, plugins=plugins
+    )
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, plan.target.config.vocab_size, (_TOKENS,), generator=generator)
     batch = TokenBatch.one_row(tokens, 0)

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from prism_trt.convert.graph import Emitted, logger_of
+from prism_trt.convert.graph import Emitted, has_plugins, logger_of
 from prism_trt.engines.tensorrt.binding import NetworkLimits
-from prism_trt.engines.tensorrt.names import CALL_TOKENS, LIVE, PICKED_TOKENS, ROWS
+from prism_trt.engines.tensorrt.names import CALL_TOKENS, IN_FLIGHT, LIVE, PICKED_TOKENS, ROWS
 from prism_trt.errors import PrismError
 from prism_trt.manifest import atomic_file
 from prism_trt.progress import Reporter
@@ -37,6 +37,7 @@ def serving_profile(limits: NetworkLimits) -> Profile:
         CALL_TOKENS: tree,
         PICKED_TOKENS: tree,
         LIVE: Extent(1, max(1, limits.context // 4), limits.context),
+        IN_FLIGHT: Extent(1, limits.shared_tokens, limits.context),
     }
 
 
@@ -73,8 +74,14 @@ def compile_network(
             raise PrismError(f"{trt.__name__} cannot build for {capability}: choose a GPU that it supports")
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(known, capability), 0)
+    if emitted.plugins:
+        if not has_plugins(trt):
+            raise PrismError(f"{trt.__name__} has no plugins: emit the network without them")
+        config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)  # K/V is updated in place
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # what TensorRT-RTX can capture in CUDA graphs
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     config.add_optimization_profile(_optimization_profile(emitted, profile))
-    monitor = None if progress is None else _monitor(trt, progress)
+    monitor = None if progress is None else _monitor(trt, progress, f"compiling {plan.stem}")
     if monitor is not None:
         config.progress_monitor = monitor
     log.start()
@@ -115,13 +122,13 @@ def _writer(trt: Any, file: IO[bytes]) -> Any:
     return Writer()
 
 
-def _monitor(trt: Any, progress: Reporter) -> Any:
+def _monitor(trt: Any, progress: Reporter, action: str) -> Any:
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
 
         def phase_start(self, name: str, parent: str | None, steps: int) -> None:
-            progress.describe(name)
+            progress.describe(f"{action}: {name}")
 
         def step_complete(self, name: str, step: int) -> bool:
             progress.advance()

@@ -5,7 +5,7 @@ Inputs and outputs are those of `prism_trt.engines.tensorrt.names`; B, T, R and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,18 +14,19 @@ from torch import Tensor, nn
 
 from prism_trt.config import DrafterConfig, TreeShape
 from prism_trt.convert.graph import Emitted, Graph, Value
+from prism_trt.convert.plugins import Plugins, SlotPool
 from prism_trt.convert.target import FUSION
 from prism_trt.convert.transformer import (
+    Attention,
     FixedWeights,
     Pool,
-    Remember,
     SelectedWeights,
-    StepLinear,
     Weights,
     gathered_linear,
     layer_linears,
     layer_tensors,
     linear_tensors,
+    native_attention,
     pick,
     rms_norm,
     rope_constants,
@@ -51,13 +52,13 @@ from prism_trt.engines.tensorrt.names import (
     TREE_PARENTS,
     TREE_TOKENS,
 )
-from prism_trt.quantize.scales import UNQUANTIZED, Scales
+from prism_trt.quantize.scales import UNQUANTIZED, LinearScales, Scales
 from prism_trt.target.model import LlamaModel, RMSNorm
 
 FC, NORM = "fc", "norm"
 
-RememberLayer = Callable[[int, Value, Value], tuple[Value, Value]]
-"""`Remember` with the layer's number before its arguments."""
+LayerAttention = Callable[[int], Attention]
+"""The attention of the layer of a number."""
 
 
 def drafter_linears(drafter: Drafter) -> dict[str, list[nn.Linear]]:
@@ -78,8 +79,8 @@ def emit_step(
     model: LlamaModel,
     capacity: int,
     dtype: torch.dtype,
-    step_linear: StepLinear = gathered_linear,
     scales: Scales = UNQUANTIZED,
+    plugins: Plugins | None = None,
 ) -> Emitted:
     """The network of one draft step, which computes in `dtype`.
 
@@ -89,17 +90,20 @@ def emit_step(
         model: the target, whose embedding and head are used.
         capacity: entries of a slot of the K/V pool.
         dtype: float16, bfloat16 or float32 (for the walker only).
-        step_linear: how the selected module's matrices are applied.
-        scales: of the matrices to quantise. Only a single module is: TensorRT selects from no stack of 8-bit matrices.
+        scales: of the matrices to quantise. Without plugins only a single module is: TensorRT selects from no stack of
+            8-bit matrices. Plugins leave activations as they are.
+        plugins: the form with plugins, in which each token has a draft step of its own; None is that without.
     """
     graph = Graph(trt, dtype)
     parts = _Parts(graph, drafter, model, capacity)
+    config = drafter.config
+    pool = SlotPool(graph, config, capacity, plugins) if plugins else Pool(graph, config, capacity, parts.tokens)
     picked = graph.input(PICKED, torch.int32, (ROWS, PICKED_TOKENS))
-    module = _module_of_step(graph, drafter.config)
+    module = _module_of_step(graph, config, plugins)
     with graph.scope("step"):
         x = parts.embed(parts.tokens)
-        weights = _step_weights(graph, drafter, module, step_linear, scales)
-        hidden = parts.run(weights, x, parts.hidden, parts.positions, parts.pool.mask, parts.pool.update)
+        weights = _step_weights(graph, drafter, module, scales, plugins)
+        hidden = parts.run(weights, x, parts.hidden, parts.positions, pool.attention)
         hidden = pick(graph, hidden, picked)
         graph.output(NEXT_HIDDEN, hidden)
         graph.output(LOGITS, parts.head(hidden))
@@ -124,25 +128,27 @@ def emit_round(
     """
     graph = Graph(trt, dtype)
     parts = _Parts(graph, drafter, model, capacity)
+    pool = Pool(graph, drafter.config, capacity, parts.tokens)
     last = graph.input(PICKED, torch.int32, (ROWS, 1))
     modules = [_fixed_weights(graph, drafter, number, scales) for number in range(drafter.config.num_modules)]
-    memory = _RoundMemory(graph, parts.pool)
-    rows, width = parts.pool.rows, shape.width
+    memory = _RoundMemory(graph, pool)
+    rows, width = pool.rows, shape.width
 
     with graph.scope("round"):
         with graph.scope("steps.0"):
             x = parts.embed(parts.tokens)
             weights = modules[drafter.module_of_step(0)]
-            hidden = parts.run(weights, x, parts.hidden, parts.positions, parts.pool.mask, memory.commit)
+            attention = partial(native_attention, graph, pool.mask, memory.commit)
+            hidden = parts.run(weights, x, parts.hidden, parts.positions, attention)
             hidden = pick(graph, hidden, last)
             logits = parts.head(hidden)
         with graph.scope("root"):
             root = graph.gather(parts.tokens, last, axis=1, batch_axes=1, name="token")
             position = graph.gather(parts.positions, last, axis=1, batch_axes=1, name="position")
             # The root's row of the causal mask admits exactly the committed entries.
-            by_token = graph.reshape(parts.pool.mask, (0, 0, 0, 0), (0, 2, 1, 3), "mask_by_token")
+            by_token = graph.reshape(pool.mask, (0, 0, 0, 0), (0, 2, 1, 3), "mask_by_token")
             committed = graph.gather(by_token, last, axis=1, batch_axes=1, name="mask")
-            committed = graph.expand(committed, (rows, 1, width, parts.pool.live), "mask_of_level")
+            committed = graph.expand(committed, (rows, 1, width, pool.live), "mask_of_level")
             growth = TreeGrowth(graph, shape, rows, root, drafter.draft_vocab)
             tokens = growth.plant(logits)
             hidden = graph.expand(hidden, (rows, width, drafter.config.hidden_size), "hidden")
@@ -151,7 +157,8 @@ def emit_round(
                 positions = graph.expand(graph.add(position, graph.number(k, position)), (rows, width))
                 mask = graph.concat((committed, growth.mask()), 3, "mask")
                 weights = modules[drafter.module_of_step(k)]
-                output = parts.run(weights, parts.embed(tokens), hidden, positions, mask, memory.draft)
+                attention = partial(native_attention, graph, mask, memory.draft)
+                output = parts.run(weights, parts.embed(tokens), hidden, positions, attention)
                 logits = parts.head(output)
             with graph.scope(f"tree.{k}"):
                 growth.grow(logits)
@@ -175,12 +182,12 @@ class _RoundMemory:
         self._entries: list[list[tuple[Value, Value]]] = []
 
     def commit(self, layer: int, keys: Value, values: Value) -> tuple[Value, Value]:
-        """A `RememberLayer` that writes to the pool: once per layer, for TensorRT allows no second update."""
+        """A `Remember` that writes to the pool: once per layer, for TensorRT allows no second update."""
         self._entries.append([self._pool.update(layer, keys, values)])
         return self._entries[layer][0]
 
     def draft(self, layer: int, keys: Value, values: Value) -> tuple[Value, Value]:
-        """A `RememberLayer` for the tree."""
+        """A `Remember` for the tree."""
         self._entries[layer].append((keys, values))
         every_key, every_value = zip(*self._entries[layer], strict=True)
         return self._graph.concat(every_key, 2, "all_keys"), self._graph.concat(every_value, 2, "all_values")
@@ -196,7 +203,6 @@ class _Parts:
         self.positions = graph.input(POSITIONS, torch.int32, (ROWS, CALL_TOKENS))
         shape = (ROWS, CALL_TOKENS, config.hidden_size)
         self.hidden = None if config.features == "none" else graph.input(HIDDEN, graph.dtype, shape)
-        self.pool = Pool(graph, config, capacity, self.tokens)
         self._rope = rope_constants(graph, config, capacity)
         table = drafter.embedding(model.model.embed_tokens.weight)
         head = drafter.head_rows(model.head_weight)
@@ -213,8 +219,7 @@ class _Parts:
         x: Value,
         hidden: Value | None,
         positions: Value,
-        mask: Value,
-        remember: RememberLayer,
+        attention: LayerAttention,
     ) -> Value:
         """One module over embeddings x and hidden states [B, T, H] each: the next hidden states [B, T, H].
 
@@ -223,16 +228,14 @@ class _Parts:
             x: embeddings.
             hidden: None for a module that reads none.
             positions: [B, T].
-            mask: [B, 1, T, L] over what `remember` returns.
-            remember: where each layer's keys and values go.
+            attention: of each layer.
         """
         graph, (*layers, module) = self._graph, weights
         if module.has(FC):  # all but standard
             x = module.linear(graph.concat((x, hidden), 2, "embedding_and_hidden"), FC)
         for number, layer in enumerate(layers):
             with graph.scope(f"layers.{number}"):
-                entries: Remember = partial(remember, number)
-                x = transformer_layer(graph, self._config, layer, x, positions, self._rope, mask, entries)
+                x = transformer_layer(graph, self._config, layer, x, positions, self._rope, attention(number))
         return module.scale(rms_norm(graph, x, self._config.rms_norm_eps), NORM) if module.has(NORM) else x
 
     def head(self, hidden: Value) -> Value:
@@ -263,26 +266,42 @@ def _fixed_weights(graph: Graph, drafter: Drafter, number: int, scales: Scales) 
     return [FixedWeights(graph, prefix, part, scales) for prefix, part in zip(prefixes, _tensors(module), strict=True)]
 
 
-def _module_of_step(graph: Graph, config: DrafterConfig) -> Value | None:
-    """[1] int32: the module of the input `STEP`; None when there is only one."""
+def _module_of_step(graph: Graph, config: DrafterConfig, plugins: Plugins | None) -> Value | None:
+    """The modules of the input `STEP` as `SelectedWeights` takes them; None when there is only one."""
     if config.num_modules == 1:
         return None
     with graph.scope("module"):
-        step = graph.input(STEP, torch.int32, (1,))
+        step = graph.input(STEP, torch.int32, (ROWS, CALL_TOKENS) if plugins else (1,))
+        step = step if plugins else graph.reshape(step, (1, 1))
         known = graph.elementwise("MIN", step, graph.number(len(config.step_map) - 1, step), "known_step")
         step_map = graph.weight("step_map", torch.tensor(config.step_map), torch.int32)
         return graph.gather(step_map, known, axis=0, name="of_step")
 
 
 def _step_weights(
-    graph: Graph, drafter: Drafter, module: Value | None, step_linear: StepLinear, scales: Scales
+    graph: Graph, drafter: Drafter, module: Value | None, scales: Scales, plugins: Plugins | None
 ) -> list[Weights]:
     """Weights of the module that the step selects, for `_Parts.run`."""
     if module is None:
         return _fixed_weights(graph, drafter, 0, scales)
     modules = [_tensors(each) for each in drafter.modules_ if isinstance(each, ProcessingModule)]
-    prefixes = _prefixes(drafter.config, "modules")
-    return [
-        SelectedWeights(graph, prefix, parts, module, step_linear)
-        for prefix, parts in zip(prefixes, zip(*modules, strict=True), strict=True)
-    ]
+    own_prefixes = [_prefixes(drafter.config, f"modules.{number}") for number in range(len(modules))]
+    weights: list[Weights] = []
+    for number, prefix in enumerate(_prefixes(drafter.config, "modules")):
+        tensors = [parts[number] for parts in modules]
+        if plugins is None:
+            weights.append(SelectedWeights(graph, prefix, tensors, module, gathered_linear))
+        else:
+            stacked = _stacked_scales(scales, [own[number] for own in own_prefixes], tensors[0])
+            weights.append(SelectedWeights(graph, prefix, tensors, module, plugins.linear, stacked))
+    return weights
+
+
+def _stacked_scales(scales: Scales, prefixes: Sequence[str], names: Iterable[str]) -> Scales:
+    """Of the matrices `names`, each under all of `prefixes`: one scale per module for those that are quantised."""
+    found = {name: [scales[full] for prefix in prefixes if (full := f"{prefix}.{name}") in scales] for name in names}
+    return {
+        name: LinearScales(each[0].dtype, torch.stack([one.weight for one in each]), None)
+        for name, each in found.items()
+        if len(each) == len(prefixes)
+    }

@@ -7,7 +7,7 @@ this project a tensor is PyTorch's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prism_trt.convert.scratch import Place, as_it_is
 from prism_trt.errors import PrismError
 
 Value = Any
@@ -81,6 +82,24 @@ def data_type(trt: Any, dtype: torch.dtype) -> Any:
     return getattr(trt, _QUANTIZED.get(dtype, str(dtype).removeprefix("torch.")))
 
 
+def has_plugins(trt: Any) -> bool:
+    """Whether networks of the module `trt` can have plugin layers: those of TensorRT-RTX cannot."""
+    return hasattr(trt.INetworkDefinition, "add_plugin")
+
+
+@dataclass(frozen=True)
+class PluginLayer:
+    """A layer that a plugin computes."""
+
+    name: str
+    plugin: str
+    """Its name, without the namespace."""
+    inputs: Mapping[str, Value]
+    output: Value
+    after: int
+    """Layers of the network that were added before it."""
+
+
 @dataclass(frozen=True)
 class Emitted:
     """A complete network and what must live as long as it."""
@@ -90,14 +109,17 @@ class Emitted:
     network: Any
     constants: dict[str, Tensor]
     """Contents of the constant layers by layer name; the network points into their memory."""
+    plugins: tuple[PluginLayer, ...] = ()
+    """In the order in which they run."""
 
 
 class Graph:
-    """A strongly typed network under construction, computing in `dtype`."""
+    """A strongly typed network under construction, computing in `dtype`; its constants live at `place`."""
 
-    def __init__(self, trt: Any, dtype: torch.dtype) -> None:
+    def __init__(self, trt: Any, dtype: torch.dtype, place: Place = as_it_is) -> None:
         self.trt = trt
         self.dtype = dtype
+        self._place = place
         logger, self._log = logger_of(trt)
         self._log.start()
         self._builder = trt.Builder(logger)
@@ -107,10 +129,11 @@ class Graph:
         self._constants: dict[str, Tensor] = {}
         self._values: dict[str, Value] = {}
         self._sizes: dict[tuple[str, int], Value] = {}
+        self._plugins: list[PluginLayer] = []
 
     def finish(self) -> Emitted:
         """The network."""
-        return Emitted(self.trt, self._builder, self._network, self._constants)
+        return Emitted(self.trt, self._builder, self._network, self._constants, tuple(self._plugins))
 
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:
@@ -148,7 +171,7 @@ class Graph:
         """
         if name not in self._values:
             content = content if isinstance(content, Tensor) else content()
-            content = content.detach().cpu().to(dtype or self.dtype).contiguous()
+            content = self._place(content.detach().cpu().to(dtype or self.dtype).contiguous())
             weights = self.trt.Weights(data_type(self.trt, content.dtype), content.data_ptr(), content.numel())
             layer = self._network.add_constant(tuple(content.shape), weights)
             if layer is None:
@@ -279,6 +302,28 @@ class Graph:
         attention.name = self._unique(name)
         self._log.check(self._named(name))
         return attention.get_output(0)
+
+    def plugin(
+        self,
+        plugin: str,
+        inputs: Mapping[str, Value],
+        shape: Sequence[int | str],
+        add: Callable[[Any, str], Value],
+        name: str,
+    ) -> Value:
+        """A layer that `plugin` computes; its output has the network's type and `shape`, as for `input`.
+
+        `add` adds it to a network under a name and returns the output. Bindings without plugins leave a gap in the
+        network instead: the output becomes an input, and only the walker can run the network.
+        """
+        full, after = self._unique(name), self._network.num_layers
+        if has_plugins(self.trt):
+            output = add(self._network, full)
+            self._log.check(full)
+        else:
+            output = self.input(f"{full}.output", self.dtype, shape)
+        self._plugins.append(PluginLayer(full, plugin, dict(inputs), output, after))
+        return output
 
     # -- shapes
 

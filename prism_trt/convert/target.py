@@ -5,13 +5,13 @@ Inputs and outputs are those of `prism_trt.engines.tensorrt.names`; B, T, R and 
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from prism_trt.convert.graph import Emitted, Graph, Value
+from prism_trt.convert.scratch import Place, as_it_is
 from prism_trt.convert.transformer import (
     FixedWeights,
     Pool,
@@ -36,6 +36,7 @@ from prism_trt.engines.tensorrt.names import (
     ROWS,
     TOKENS,
 )
+from prism_trt.progress import Reporter
 from prism_trt.quantize.scales import UNQUANTIZED, Scales
 from prism_trt.target.model import DecoderLayer, LlamaModel
 
@@ -60,6 +61,8 @@ def emit_target(
     capacity: int,
     dtype: torch.dtype,
     scales: Scales = UNQUANTIZED,
+    place: Place = as_it_is,
+    progress: Reporter | None = None,
 ) -> Emitted:
     """The network of `model`, which computes in `dtype` (float32 is for the walker: TensorRT does not build it).
 
@@ -70,9 +73,11 @@ def emit_target(
         capacity: entries of a slot of the K/V pool.
         dtype: float16, bfloat16 or float32.
         scales: of the matrices to quantise.
+        place: where constants live until the network is built.
+        progress: is told of every layer.
     """
     config = model.config
-    graph = Graph(trt, dtype)
+    graph = Graph(trt, dtype, place)
     tokens = graph.input(TOKENS, torch.int32, (ROWS, CALL_TOKENS))
     positions = graph.input(POSITIONS, torch.int32, (ROWS, CALL_TOKENS))
     picked = graph.input(PICKED, torch.int32, (ROWS, PICKED_TOKENS))
@@ -87,9 +92,10 @@ def emit_target(
             assert isinstance(layer, DecoderLayer)
             with graph.scope(f"layers.{number}"):
                 weights = FixedWeights(graph, _layer(number), layer_tensors(layer), scales)
-                remember = partial(pool.update, number)
-                x = transformer_layer(graph, config, weights, x, positions, rope, pool.mask, remember)
+                x = transformer_layer(graph, config, weights, x, positions, rope, pool.attention(number))
             states.append(x)
+            if progress is not None:
+                progress.advance()
         with graph.scope("norm"):
             norm = FixedWeights(graph, "final", {"norm": model.model.norm.weight})
             states[-1] = final = norm.scale(rms_norm(graph, x, config.rms_norm_eps), "norm")
@@ -115,6 +121,8 @@ def _layer(number: int) -> str:
 def _features(graph: Graph, model: LlamaModel, drafter: Drafter | None, states: list[Value], scales: Scales) -> Value:
     """[B, T, H]: the hidden state that the drafter is fed, or the fusion of several."""
     fed = [states[i] for i in fed_layers(model.config, drafter.config if drafter else None)]
+    if drafter is not None and drafter.config.normalize_features:
+        fed = [rms_norm(graph, state, drafter.config.rms_norm_eps) for state in fed]
     joined = graph.concat(fed, 2)
     if drafter is None or drafter.fusion is None:
         return graph.identity(joined, "features")

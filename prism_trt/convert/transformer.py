@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -18,7 +19,7 @@ from prism_trt.convert.graph import Graph, Value
 from prism_trt.convert.quantized import quantized_linear
 from prism_trt.drafter.model import DrafterLayer
 from prism_trt.engines.tensorrt.names import CALL_TOKENS, LIVE, MASK, ROWS, WRITE_INDEX, cache_names
-from prism_trt.quantize.scales import UNQUANTIZED, Scales
+from prism_trt.quantize.scales import UNQUANTIZED, Scales, to_quantized
 from prism_trt.target.config import TargetConfig
 from prism_trt.target.model import DecoderLayer, RMSNorm, rope_tables
 
@@ -72,25 +73,44 @@ class FixedWeights:
         return self.graph.weight(f"{self.prefix}.{name}", self.tensors[name][None, None])
 
 
-StepLinear = Callable[[Graph, Value, Value, Value, str], Value]
-"""Maps x [B, T, I], stacked matrices [M, O, I], the module's index [1] int32 and a layer name to [B, T, O]."""
+@dataclass(frozen=True)
+class StackedLinear:
+    """One linear layer of all modules."""
+
+    matrices: Value
+    """[M, O, I]."""
+    bias: Value | None
+    """[M, O]."""
+    scales: Value | None
+    """float32 [M]: what the results of 8-bit matrices are multiplied by."""
 
 
-def gathered_linear(graph: Graph, x: Value, matrices: Value, module: Value, name: str) -> Value:
-    """The `StepLinear` of runtimes without plugins: copies the module's matrix, then multiplies with it."""
-    matrix = graph.gather(matrices, module, axis=0, name=f"{name}.select")
-    return graph.matmul_transposed(x, matrix, name)
+StepLinear = Callable[[Graph, Value, StackedLinear, Value, str], Value]
+"""Maps x [B, T, I], a stacked layer, module indices (those of `SelectedWeights`) and a layer name to [B, T, O]."""
+
+
+def gathered_linear(graph: Graph, x: Value, stacked: StackedLinear, module: Value, name: str) -> Value:
+    """The `StepLinear` of runtimes without plugins: copies the matrix of `module` [1, 1], then multiplies with it."""
+    assert stacked.scales is None
+    index = graph.reshape(module, (1,), name=f"{name}.module")
+    y = graph.matmul_transposed(x, graph.gather(stacked.matrices, index, axis=0, name=f"{name}.select"), name)
+    if stacked.bias is None:
+        return y
+    return graph.add(y, graph.gather(stacked.bias, module, axis=0, name=f"{name}.bias.select"), f"{name}.bias")
 
 
 @dataclass(frozen=True)
 class SelectedWeights:
-    """The weights of M modules, one mapping each, of which the run-time index `module` [1] int32 selects one."""
+    """The weights of M modules, one mapping each, of which indices at run time select one for each token."""
 
     graph: Graph
     prefix: str
     tensors: Sequence[Mapping[str, Tensor]]
     module: Value
+    """int32 [B, T], or [1, 1] for all tokens of a call."""
     step_linear: StepLinear
+    scales: Scales = field(default_factory=lambda: UNQUANTIZED)
+    """Of the matrices to quantise, by their names in `tensors`; of each, one number per module."""
 
     def has(self, name: str) -> bool:
         """See `Weights.has`."""
@@ -98,19 +118,27 @@ class SelectedWeights:
 
     def linear(self, x: Value, name: str) -> Value:
         """See `Weights.linear`."""
-        y = self.step_linear(self.graph, x, self._stacked(name), self.module, name)
-        return self.graph.add(y, self._vector(f"{name}.bias"), f"{name}.bias") if self.has(f"{name}.bias") else y
+        full, bias, scales = f"{self.prefix}.{name}", None, self.scales.get(name)
+        if self.has(f"{name}.bias"):
+            bias = self._stacked(f"{name}.bias")
+        if scales is None:
+            stacked = StackedLinear(self._stacked(name), bias, None)
+        else:
+            content = partial(to_quantized, self._stack(name), scales.weight.reshape(-1, 1, 1), scales.dtype)
+            matrices = self.graph.weight(full, content, scales.dtype)
+            stacked = StackedLinear(matrices, bias, self.graph.weight(f"{full}.scales", scales.weight, torch.float32))
+        return self.step_linear(self.graph, x, stacked, self.module, name)
 
     def scale(self, x: Value, name: str) -> Value:
         """See `Weights.scale`."""
-        return self.graph.multiply(x, self._vector(name), name)
-
-    def _vector(self, name: str) -> Value:
         selected = self.graph.gather(self._stacked(name), self.module, axis=0, name=f"{name}.select")
-        return self.graph.reshape(selected, (1, 1, -1), name=f"{name}.row")
+        return self.graph.multiply(x, selected, name)
+
+    def _stack(self, name: str) -> Tensor:
+        return torch.stack([tensors[name] for tensors in self.tensors])
 
     def _stacked(self, name: str) -> Value:
-        return self.graph.weight(f"{self.prefix}.{name}", torch.stack([tensors[name] for tensors in self.tensors]))
+        return self.graph.weight(f"{self.prefix}.{name}", partial(self._stack, name))
 
 
 def layer_linears(layer: DecoderLayer | DrafterLayer) -> dict[str, list[nn.Linear]]:
@@ -191,6 +219,10 @@ class Pool:
         self._names = [cache_names(layer) for layer in range(config.num_layers)]
         self._entries = [tuple(graph.input(name.before, graph.dtype, shape) for name in pair) for pair in self._names]
 
+    def attention(self, layer: int) -> Attention:
+        """The attention of layer `layer` over the pool."""
+        return native_attention(self._graph, self.mask, self.update, layer)
+
     def update(self, layer: int, keys: Value, values: Value) -> tuple[Value, Value]:
         """Write keys and values [B, g, T, d] and return the live entries [B, g, L, d].
 
@@ -204,8 +236,24 @@ class Pool:
         return live[0], live[1]
 
 
-Remember = Callable[[Value, Value], tuple[Value, Value]]
-"""Takes a call's new keys and values [B, g, T, d] and returns all that its queries may read."""
+Attention = Callable[[Value, Value, Value], Value]
+"""Takes a call's rotated queries [B, h, T, d], rotated keys [B, g, T, d] and values [B, g, T, d], stores the latter two
+and returns what the queries read, [B, T, h * d]."""
+
+Remember = Callable[[int, Value, Value], tuple[Value, Value]]
+"""Takes a layer's number, and its new keys and values [B, g, T, d]; returns all that the layer's queries may read."""
+
+
+def native_attention(graph: Graph, mask: Value, remember: Remember, layer: int) -> Attention:
+    """TensorRT's own attention over what `remember` returns; `mask` [B, 1, T, L] is added to the scores."""
+
+    def attention(queries: Value, keys: Value, values: Value) -> Value:
+        _, heads, _, width = queries.shape
+        scaled = graph.multiply(queries, graph.number(width**-0.5, queries), "scale_queries")
+        attended = graph.attend(scaled, *remember(layer, keys, values), mask, "attend")
+        return graph.transpose(attended, (0, 2, 1, 3), (0, 0, heads * width), "join_heads")
+
+    return attention
 
 
 def transformer_layer(
@@ -215,17 +263,13 @@ def transformer_layer(
     x: Value,
     positions: Value,
     rope: Rope,
-    mask: Value,
-    remember: Remember,
+    attention: Attention,
 ) -> Value:
     """One layer over x [B, T, H] at positions [B, T]: [B, T, H]."""
     with graph.scope("attention"):
         normed = weights.scale(rms_norm(graph, x, config.rms_norm_eps), INPUT_NORM) if weights.has(INPUT_NORM) else x
-        queries, keys, values = _qkv(graph, config, weights, normed, positions, rope)
-        keys, values = remember(keys, values)
-        attended = graph.attend(queries, keys, values, mask, "attend")
-        joined = graph.transpose(attended, (0, 2, 1, 3), (0, 0, config.num_heads * config.head_dim), "join_heads")
-        x = graph.add(x, weights.linear(joined, OUT), "residual")
+        attended = attention(*_qkv(graph, config, weights, normed, positions, rope))
+        x = graph.add(x, weights.linear(attended, OUT), "residual")
     with graph.scope("mlp"):
         normed = weights.scale(rms_norm(graph, x, config.rms_norm_eps), MLP_NORM)
         fused = weights.linear(normed, GATE_UP)
@@ -238,7 +282,7 @@ def transformer_layer(
 def _qkv(
     graph: Graph, config: TargetConfig | DrafterConfig, weights: Weights, x: Value, positions: Value, rope: Rope
 ) -> tuple[Value, Value, Value]:
-    """Rotated and scaled queries [B, h, T, d], rotated keys and values [B, g, T, d] of x [B, T, H]."""
+    """Rotated queries [B, h, T, d], rotated keys and values [B, g, T, d] of x [B, T, H]."""
     heads, groups, width = config.num_heads, config.num_kv_heads, config.head_dim
     fused = graph.reshape(weights.linear(x, QKV), (0, 0, heads + 2 * groups, width), (0, 2, 1, 3), "split_heads")
     queries = graph.part(fused, 1, 0, heads, "queries")
@@ -246,4 +290,4 @@ def _qkv(
     values = graph.part(fused, 1, heads + groups, groups, "new_values")
     queries = graph.rotate(queries, rope.cosines, rope.sines, positions, "rotate_queries")
     keys = graph.rotate(keys, rope.cosines, rope.sines, positions, "rotate_keys")
-    return graph.multiply(queries, graph.number(width**-0.5, queries), "scale_queries"), keys, values
+    return queries, keys, values

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from prism_trt.config import TreeShape
 from prism_trt.convert.drafter import emit_round, emit_step
-from prism_trt.convert.graph import DTYPES, Emitted, data_type
+from prism_trt.convert.graph import DTYPES, Emitted, PluginLayer, data_type
+from prism_trt.convert.plugins import POOL_ATTENTION, STEP_LINEAR, Plugins
 from prism_trt.convert.target import emit_target
 from prism_trt.drafter.model import Drafter
 from prism_trt.engines.tensorrt.binding import NetworkLimits
@@ -41,6 +42,11 @@ class Walker:
         self._constants: dict[str, Tensor] = {}
         self._plan: list[tuple[Operation, list[str], list[tuple[str, torch.dtype]]]] = []
         for number in range(network.num_layers):
+            for plugin in emitted.plugins:
+                if plugin.after == number:
+                    output = (plugin.output.name, dtypes[plugin.output.dtype])
+                    names = [value.name for value in plugin.inputs.values()]
+                    self._plan.append((_plugin(plugin), names, [output]))
             layer = network.get_layer(number)
             outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
             if layer.type == trt.LayerType.CONSTANT:
@@ -50,9 +56,11 @@ class Walker:
             inputs = [value.name for i in range(layer.num_inputs) if (value := layer.get_input(i)) is not None]
             typed = [(value.name, dtypes[value.dtype]) for value in outputs]
             self._plan.append((_operation(trt, layer), inputs, typed))
+        gaps = {layer.output.name for layer in emitted.plugins}
         self._inputs = {
             value.name: (dtypes[value.dtype], tuple(value.shape))
             for value in map(network.get_input, range(network.num_inputs))
+            if value.name not in gaps
         }
         self._outputs = {
             value.name: dtypes[value.dtype] for value in map(network.get_output, range(network.num_outputs))
@@ -93,6 +101,7 @@ def make_walker_engine(
     dtype: torch.dtype,
     shape: TreeShape | None = None,
     scales: Scales = UNQUANTIZED,
+    plugins: Plugins | None = None,
 ) -> NetworkEngine:
     """An engine whose networks are emitted and walked: the reference for engines that run plans.
 
@@ -104,6 +113,7 @@ def make_walker_engine(
         dtype: the networks' type.
         shape: the tree of the round network; None drafts step by step.
         scales: of the matrices to quantise.
+        plugins: of the step network; None is its form without plugins.
     """
     cpu = torch.device("cpu")
     capacity = limits.capacity
@@ -111,11 +121,12 @@ def make_walker_engine(
     if drafter is None:
         return NetworkEngine(target.config, None, None, limits, walked, None, cpu, dtype)
     of_drafter = (target.config, drafter.config, drafter.draft_vocab, limits, walked)
-    step = Walker(emit_step(trt, drafter, target.model, capacity, dtype, scales=scales))
+    step = Walker(emit_step(trt, drafter, target.model, capacity, dtype, scales, plugins))
+    with_plugins = plugins is not None
     if shape is None:
-        return NetworkEngine(*of_drafter, step, cpu, dtype)
+        return NetworkEngine(*of_drafter, step, cpu, dtype, with_plugins)
     draft_round = Walker(emit_round(trt, drafter, target.model, shape, capacity, dtype, scales))
-    return FusedNetworkEngine(*of_drafter, step, draft_round, shape, cpu, dtype)
+    return FusedNetworkEngine(*of_drafter, step, draft_round, shape, cpu, dtype, with_plugins)
 
 
 def _wide(value: Tensor) -> Tensor:
@@ -129,6 +140,13 @@ def _operation(trt: Any, layer: Any) -> Operation:
     layer_class, make = known[kind]
     layer.__class__ = layer_class  # the bindings return the base class, which hides the layer's own attributes
     return make(trt, layer)
+
+
+def _plugin(layer: PluginLayer) -> Operation:
+    functions: dict[str, Callable[..., Tensor]] = {STEP_LINEAR: _step_linear, POOL_ATTENTION: _pool_attention}
+    function = functions[layer.plugin]
+    names = tuple(layer.inputs)
+    return lambda x: [function(**dict(zip(names, x, strict=True)))]
 
 
 def _known(trt: Any) -> dict[Any, tuple[Any, Callable[[Any, Any], Operation]]]:
@@ -309,3 +327,42 @@ def _attention(x: Sequence[Tensor]) -> Sequence[Tensor]:
         queries, keys, values, attn_mask=mask, scale=1.0, enable_gqa=True
     )
     return [attended]
+
+
+def _step_linear(
+    x: Tensor, weights: Tensor, module_of_token: Tensor, scales: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """See `plugins.step_linear`: every module over all tokens, of which each keeps what its own gives."""
+    modules = module_of_token.long().clamp(0, len(weights) - 1)
+    y = x.new_empty(*modules.shape, weights.shape[1], dtype=torch.float32)
+    for module in modules.unique().tolist():
+        own = _wide(x) @ _wide(weights[module]).T
+        own = own if scales is None else own * scales[module]
+        y[modules == module] = (own if bias is None else own + _wide(bias[module]))[modules == module]
+    return y
+
+
+def _pool_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    slots: Tensor,
+    lengths: Tensor,
+    mask: Tensor,
+) -> Tensor:
+    """See `plugins.pool_attention`, row by row."""
+    y = torch.empty(q.shape)
+    tokens, width = mask.shape[1:]
+    for row, (slot, length) in enumerate(zip(slots.tolist(), lengths.tolist(), strict=True)):
+        live = length + width
+        for pool, new in ((k_pool, k), (v_pool, v)):
+            pool[slot, :, live - tokens : live] = new[row].transpose(0, 1)
+        readable = torch.cat((mask.new_ones(tokens, length), mask[row]), dim=1)
+        keys, values = _wide(k_pool[slot, :, :live]), _wide(v_pool[slot, :, :live])
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            _wide(q[row]).transpose(0, 1), keys, values, attn_mask=readable, enable_gqa=True
+        )
+        y[row] = attended.transpose(0, 1)
+    return y

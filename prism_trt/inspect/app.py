@@ -20,7 +20,8 @@ def app() -> typer.Typer:
     @command.command()
     def inspect(
         path: Annotated[
-            Path | None, typer.Argument(help="target, drafter, engine, feature cache or model repository")
+            Path | None,
+            typer.Argument(help="target, drafter, engine, bundle, checkpoint, feature cache or model repository"),
         ] = None,
         data: Annotated[Path | None, typer.Option(help="show this file of training records instead")] = None,
         target: Annotated[

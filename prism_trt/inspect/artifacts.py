@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,6 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from prism_trt.build.bundle import KIND as BUNDLE_KIND
+from prism_trt.build.bundle import MANIFEST as BUNDLE_MANIFEST
+from prism_trt.build.bundle import read_bundle
 from prism_trt.config import DrafterConfig, DrafterKind
 from prism_trt.data.feature_cache import KIND as CACHE_KIND
 from prism_trt.data.feature_cache import MANIFEST_FILE as CACHE_MANIFEST
@@ -23,11 +27,21 @@ from prism_trt.drafter.checkpoint import drafter_tensors, load_drafter
 from prism_trt.engines.cpu.library import cpu_flags
 from prism_trt.engines.loading import load_engine_tokenizer
 from prism_trt.engines.manifest import ENGINE_KIND, ENGINE_MANIFEST, EngineManifest, read_engine_manifest
+from prism_trt.engines.tensorrt.files import KERNELS
 from prism_trt.errors import PrismError
 from prism_trt.inspect.report import Report, require
+from prism_trt.inspect.trtllm import (
+    checkpoint_facts,
+    checkpoint_manifest,
+    expected_shapes,
+    require_agreement,
+    require_tensors,
+)
 from prism_trt.manifest import own_fields, read_manifest, verify_files
 from prism_trt.target.config import TargetConfig
 from prism_trt.target.loading import Target, load_target
+from prism_trt.trtllm.export import KIND as CHECKPOINT_KIND
+from prism_trt.trtllm.export import MANIFEST_FILE as CHECKPOINT_MANIFEST
 
 _EXCERPT_TOKENS = 48
 
@@ -58,8 +72,8 @@ def _kind(path: Path) -> str:
     elif path.suffix == ".gguf":
         return "target"
     raise PrismError(
-        f"{path} is none of target (HF directory or GGUF file), drafter, engine, feature cache and model repository: "
-        "pass the directory that one of the commands wrote"
+        f"{path} is none of target (HF directory or GGUF file), drafter, engine, engine bundle, TensorRT-LLM "
+        "checkpoint, feature cache and model repository: pass the directory that one of the commands wrote"
     )
 
 
@@ -131,6 +145,48 @@ def _inspect_repository(report: Report, path: Path, expected: Target | None) -> 
     report.checks += [replace(check, name=f"engine: {check.name}") for check in engine.checks]
 
 
+def _inspect_bundle(report: Report, path: Path, expected: Target | None) -> None:
+    manifest = report.check("manifest and file sizes", lambda: read_bundle(path))
+    if manifest is None:
+        return
+    report.facts |= {
+        "profile": manifest.profile,
+        "dtype": manifest.dtype,
+        "limits": f"{manifest.limits.slots} slots of {manifest.limits.context} tokens",
+        "default tree": str(manifest.default_tree),
+        "compiled plugins": str(len(list((path / KERNELS).glob("*.ptx")))),
+        "target fingerprint": manifest.target_fingerprint,
+    }
+    report.facts |= {f"{name} deviates by": f"{error:.2%}" for name, error in manifest.deviation.items()}
+    files = read_manifest(path, BUNDLE_MANIFEST, BUNDLE_KIND)
+    report.check(f"SHA-256 of {len(files['files'])} files", lambda: verify_files(path, files))
+    if expected is not None:
+        report.check("belongs to the given target", lambda: _require_fingerprint(manifest.target_fingerprint, expected))
+
+
+def _inspect_checkpoint(report: Report, path: Path, expected: Target | None) -> None:
+    manifest = report.check(
+        "manifest and file sizes", lambda: read_manifest(path, CHECKPOINT_MANIFEST, CHECKPOINT_KIND)
+    )
+    if manifest is None:
+        return
+    own = report.check("fields of the manifest", lambda: checkpoint_manifest(manifest, path / CHECKPOINT_MANIFEST))
+    report.check(f"SHA-256 of {len(manifest['files'])} files", lambda: verify_files(path, manifest))
+    if own is None:
+        return
+    report.facts |= checkpoint_facts(own)
+    if report.sound:
+        config = _json_object(path / "config.json")
+        report.check("config.json fits the manifest", lambda: require_agreement(config, own))
+        shapes = report.check("config.json is complete", lambda: expected_shapes(config, own.options))
+        if shapes is not None:
+            for rank in range(own.options.ranks):
+                file = path / f"rank{rank}.safetensors"
+                report.check(f"tensors of rank {rank}", partial(require_tensors, file, shapes))
+    if expected is not None:
+        report.check("belongs to the given target", lambda: _require_fingerprint(own.target_fingerprint, expected))
+
+
 def _inspect_cache(report: Report, path: Path, expected: Target | None) -> None:
     manifest = report.check("manifest and file sizes", lambda: _read_cache_manifest(path))
     if manifest is None:
@@ -155,6 +211,8 @@ def _inspect_cache(report: Report, path: Path, expected: Target | None) -> None:
 _MARKERS = {
     ENGINE_MANIFEST: "engine",
     REPOSITORY_MANIFEST: "model repository",
+    BUNDLE_MANIFEST: BUNDLE_KIND,
+    CHECKPOINT_MANIFEST: CHECKPOINT_KIND,
     CACHE_MANIFEST: CACHE_KIND,
     PLAN_FILE: CACHE_KIND,
 }
@@ -163,6 +221,8 @@ _INSPECTORS = {
     "drafter": _inspect_drafter,
     "engine": _inspect_engine,
     "model repository": _inspect_repository,
+    BUNDLE_KIND: _inspect_bundle,
+    CHECKPOINT_KIND: _inspect_checkpoint,
     CACHE_KIND: _inspect_cache,
 }
 
@@ -259,7 +319,7 @@ def _engine_facts(manifest: EngineManifest) -> dict[str, str]:
         "versions": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
     }
     if manifest.latency_ms is not None:
-        times = sorted(manifest.latency_ms.forward.items())
+        times = sorted(manifest.latency_ms.forward[1].items())
         facts["target pass when built"] = ", ".join(f"{tokens} tokens {ms:.1f} ms" for tokens, ms in times)
     if manifest.gpu is not None:
         facts |= {f"{name} network": f"{r.layers} layers" for name, r in manifest.gpu.networks.items()}
@@ -276,6 +336,8 @@ def _engine_facts(manifest: EngineManifest) -> dict[str, str]:
 def _runs_here(manifest: EngineManifest) -> str:
     if manifest.gpu is not None:
         return f"on a GPU of compute capability {manifest.gpu.compute_capability} only"
+    if manifest.runtime == "torch-cuda":
+        return "yes" if torch.cuda.is_available() else "no: it needs an NVIDIA GPU"
     missing = sorted(set(manifest.cpu_flags) - cpu_flags())
     return "yes" if not missing else f"no: its processor lacks {', '.join(missing)}"
 

@@ -19,6 +19,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 DataType = enum.Enum("DataType", "FLOAT HALF INT8 INT32 BOOL UINT8 FP8 BF16 INT64 INT4 FP4")
 DimensionOperation = enum.Enum("DimensionOperation", "SUM PROD MAX MIN SUB EQUAL LESS FLOOR_DIV CEIL_DIV")
 Dimension = int | tuple[int, int, int]
@@ -68,7 +70,8 @@ class Object:
 
 class PluginField:
     def __init__(self, name: str, data: Any, type: Any) -> None:
-        self.name, self.data, self.type = name, data, type
+        self.name, self.type = name, type
+        self.data = np.frombuffer(data, np.int8) if isinstance(data, bytes) else data
 
 
 class PluginTensorDesc:

@@ -45,9 +45,9 @@ def test_step_linear(number: int, tmp_path: Path) -> None:
     tactic = linear.TACTICS[number]
     compute_capability = CAPABILITIES[number % 3]
     weight_type = "fp8e4nv" if number % 2 and compute_capability > 80 else "fp16"
-    kernel = linear.compile_step_linear("fp16", weight_type, WEIGHTS, True, True, tactic, compute_capability)
+    kernel = linear.compile_step_linear("fp16", weight_type, WEIGHTS, True, True, tactic, compute_capability, tmp_path)
     used = registers(kernel, compute_capability, tmp_path)
-    assert kernel.cubin[:4] == b"\x7fELF" and kernel.threads == 32 * tactic.num_warps
+    assert kernel.threads == 32 * tactic.num_warps
     assert kernel.shared_bytes <= MAX_SHARED_BYTES
     # Three blocks of one to sixteen tokens fit a multiprocessor's 65,536 registers, and two of any other.
     assert used * kernel.threads * (3 if tactic.tokens == 16 else 2) <= 65536
@@ -58,12 +58,25 @@ def test_step_linear(number: int, tmp_path: Path) -> None:
 def test_pool_attention(number: int, tmp_path: Path) -> None:
     tactic = pool.TACTICS[number]
     compute_capability = CAPABILITIES[number % 3]
-    kernel = pool.compile_pool_attention("bf16", 32, 8, 128, 2048, tactic, compute_capability)
+    kernel = pool.compile_pool_attention("bf16", 32, 8, 128, 2048, tactic, compute_capability, tmp_path)
     used = registers(kernel, compute_capability, tmp_path)
-    assert kernel.cubin[:4] == b"\x7fELF" and kernel.threads == 32 * tactic.num_warps
+    assert kernel.threads == 32 * tactic.num_warps
     assert used * kernel.threads <= 65536
 
 
-def test_fp8_is_refused_for_sm_80() -> None:
+def test_fp8_is_refused_for_sm_80(tmp_path: Path) -> None:
     with pytest.raises(PrismError, match=r"^FP8 weights need a GPU of compute capability 8\.9 .* build with fp16 or"):
-        linear.compile_step_linear("fp16", "fp8e4nv", WEIGHTS, True, False, linear.TACTICS[1], 80)
+        linear.compile_step_linear("fp16", "fp8e4nv", WEIGHTS, True, False, linear.TACTICS[1], 80, tmp_path)
+
+
+def test_kernels_are_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("fp16", "fp16", (2, 64, 64), False, False, linear.TACTICS[1], 90, tmp_path)
+    kernel = linear.compile_step_linear(*arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(triton, "compile", lambda *_, **__: pytest.fail("compiled again"))
+        assert linear.compile_step_linear(*arguments) == kernel
+    (file,) = tmp_path.glob("*.ptx")
+    subprocess.run([PTXAS, "-arch", "sm_90a", file, "-o", tmp_path / "kernel.cubin"], check=True)
+    file.write_text("// launch: {}")
+    with pytest.raises(PrismError, match=r"\.ptx is damaged"):
+        linear.compile_step_linear(*arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,12 @@ import torch
 
 from plugins.pool_attention import pool_attention
 from plugins.step_linear import FP8_CAPABILITY, step_linear
+from prism_trt.build import build_engine
+from prism_trt.drafter.checkpoint import save_drafter
+from prism_trt.engines.loading import load_engine
+from prism_trt.engines.protocol import Engine, EngineLimits, TokenBatch
+from prism_trt.engines.torch_engine import TorchEngine
+from prism_trt.target.loading import save_hf
 from tests.plugins.cases import (
     AttentionCase,
     LinearCase,
@@ -20,6 +27,7 @@ from tests.plugins.cases import (
     linear_cases,
     on,
 )
+from tests.tiny import tiny_drafter, tiny_target
 
 pytestmark = pytest.mark.gpu
 
@@ -48,7 +56,7 @@ def test_pool_attention_equals_the_float64_reference(case: AttentionCase) -> Non
         assert torch.equal(device[name].cpu().view(torch.int16), pool.view(torch.int16))
 
 
-def test_an_engine_with_both_plugins_equals_the_references() -> None:
+def test_an_engine_with_both_plugins_equals_the_references(tmp_path: Path) -> None:
     """Linear layer and attention in one TensorRT engine, its pools updated in place, at two numbers of tokens."""
     trt = importlib.import_module("tensorrt")
     qdp = importlib.import_module("plugins.qdp")
@@ -92,7 +100,9 @@ def test_an_engine_with_both_plugins_equals_the_references() -> None:
         name: network.add_input(name, types[value.dtype], dynamic.get(name, tuple(value.shape)))
         for name, value in largest.items()
     }
-    y = qdp.add_step_linear(network, tensors["x"], tensors["weights"], tensors["module_of_token"], capability())
+    y = qdp.add_step_linear(
+        network, tensors["x"], tensors["weights"], tensors["module_of_token"], capability(), kernels=tmp_path
+    )
     shuffle = network.add_shuffle(y)
     batch_and_tokens = network.add_slice(network.add_shape(tensors["k"]).get_output(0), (0,), (2,), (1,)).get_output(0)
     widths = torch.tensor([heads, width], dtype=torch.int64).numpy()
@@ -101,7 +111,7 @@ def test_an_engine_with_both_plugins_equals_the_references() -> None:
     q = shuffle.get_output(0)
     names = ("k", "v", "k_pool", "v_pool", "slots", "lengths", "mask")
     outputs = qdp.add_pool_attention(
-        network, q, **{name: tensors[name] for name in names}, compute_capability=capability()
+        network, q, **{name: tensors[name] for name in names}, compute_capability=capability(), kernels=tmp_path
     )
     for name, output in zip(("y", "k_pool_out", "v_pool_out"), outputs, strict=True):
         output.name = name
@@ -137,3 +147,26 @@ def test_an_engine_with_both_plugins_equals_the_references() -> None:
         expected, k_pool, v_pool = expected_attention(q_reference, **{name: given[name] for name in names}, tactic=None)
         torch.testing.assert_close(device["y"].cpu().double(), expected, rtol=0, atol=1e-2)
         assert torch.equal(device["k_pool"].cpu(), k_pool) and torch.equal(device["v_pool"].cpu(), v_pool)
+
+
+def test_a_built_step_network_drafts_as_pytorch(tmp_path: Path) -> None:
+    """The step network with plugins, built by TensorRT and run by the engine, against torch in float32."""
+    pytest.importorskip("tensorrt")
+    target = tiny_target(hidden_size=128, head_dim=64)
+    drafter = tiny_drafter(target)
+    save_hf(target, tmp_path / "target")
+    save_drafter(drafter, tmp_path / "drafter")
+    profile = {80: "a100", 89: "rtx4090", 90: "h800"}[capability()]
+    models: dict[str, Any] = {"target": tmp_path / "target", "drafter": tmp_path / "drafter"}
+    build_engine(profile=profile, runtime="tensorrt", **models, out=tmp_path / "engine", context=96, slots=2)
+    tokens = torch.randint(0, 320, (8,), generator=torch.Generator().manual_seed(0))
+
+    def logits(engine: Engine) -> list[torch.Tensor]:
+        batch = TokenBatch.one_row(tokens.to(engine.device), 0)
+        first = engine.extend(batch, engine.forward(batch).features)
+        second = engine.step(1, TokenBatch.one_row(tokens[:1].to(engine.device), 8), first.hidden)
+        return [first.logits.cpu().clone(), second.logits.cpu().clone()]
+
+    exact = TorchEngine(target, drafter, EngineLimits(2, 96, 96), torch.device("cpu"), torch.float32)
+    for found, expected in zip(logits(load_engine(tmp_path / "engine")), logits(exact), strict=True):
+        assert (found - expected).norm() < 0.02 * expected.norm()

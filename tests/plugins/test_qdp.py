@@ -6,6 +6,7 @@ import importlib
 import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -59,12 +60,12 @@ def parameters(layer: Layer) -> list[str]:
     ("dtype", "weight_type", "scaled"),
     [("HALF", "HALF", False), ("BF16", "BF16", False), ("HALF", "FP8", True), ("BF16", "FP8", True)],
 )
-def test_step_linear(trt: SimpleNamespace, dtype: str, weight_type: str, scaled: bool) -> None:
+def test_step_linear(trt: SimpleNamespace, tmp_path: Path, dtype: str, weight_type: str, scaled: bool) -> None:
     inputs = linear_inputs(MAX_TOKENS, DataType[dtype], DataType[weight_type])
     scales = ITensor("scales", DataType.FLOAT, (3,)) if scaled else None
     bias = ITensor("bias", DataType[dtype], (3, 100))
     network = Network()
-    trt.qdp.add_step_linear(network, **inputs, compute_capability=89, scales=scales, bias=bias)
+    trt.qdp.add_step_linear(network, **inputs, compute_capability=89, kernels=tmp_path, scales=scales, bias=bias)
     layer = network.layer
 
     stand_in = "FLOAT" if scaled else dtype
@@ -87,14 +88,14 @@ def test_step_linear(trt: SimpleNamespace, dtype: str, weight_type: str, scaled:
     assert b".version 8.4" in layer.kernel and b".target sm_89" in layer.kernel
 
 
-def test_step_linear_tactics_follow_the_largest_call(trt: SimpleNamespace) -> None:
+def test_step_linear_tactics_follow_the_largest_call(trt: SimpleNamespace, tmp_path: Path) -> None:
     for max_tokens, tile in ((1, 16), (16, 16), (17, 32), (64, 64), (500, 64)):
         network = Network()
-        trt.qdp.add_step_linear(network, **linear_inputs(max_tokens), compute_capability=80)
+        trt.qdp.add_step_linear(network, **linear_inputs(max_tokens), compute_capability=80, kernels=tmp_path)
         assert {linear.TACTICS[number].tokens for number in network.layer.tactics} == {tile}
 
 
-def test_pool_attention(trt: SimpleNamespace) -> None:
+def test_pool_attention(trt: SimpleNamespace, tmp_path: Path) -> None:
     rows, tokens, width = (1, 2, 8), (1, 10, 64), (1, 20, 128)
     half, int32 = DataType.HALF, DataType.INT32
     inputs = {
@@ -108,7 +109,7 @@ def test_pool_attention(trt: SimpleNamespace) -> None:
         "mask": ITensor("mask", DataType.BOOL, (rows, tokens, width)),
     }
     network = Network()
-    assert trt.qdp.add_pool_attention(network, **inputs, compute_capability=80) == (0, 1, 2)
+    assert trt.qdp.add_pool_attention(network, **inputs, compute_capability=80, kernels=tmp_path) == (0, 1, 2)
     layer = network.layer
     assert [one.name for one in layer.supported_types] == ["HALF"] * 5 + ["INT32"] * 2 + ["BOOL"] + ["HALF"] * 3
     assert layer.aliased_inputs == [-1, list(inputs).index("k_pool"), list(inputs).index("v_pool")]
@@ -120,11 +121,11 @@ def test_pool_attention(trt: SimpleNamespace) -> None:
     assert parameters(layer) == ["u64"] * 8 + ["u32"] * 2 + ["u64"] * 3 + ["u64"] * 2
 
 
-def test_fp8_is_refused_before_compute_capability_89(trt: SimpleNamespace) -> None:
+def test_fp8_is_refused_before_compute_capability_89(trt: SimpleNamespace, tmp_path: Path) -> None:
     inputs = linear_inputs(8, weight_type=DataType.FP8)
     message = r"^FP8 weights need a GPU of compute capability 8\.9 or newer and this build is for 8\.0: build with fp16"
     with pytest.raises(PrismError, match=message):
-        trt.qdp.add_step_linear(Network(), **inputs, compute_capability=80)
+        trt.qdp.add_step_linear(Network(), **inputs, compute_capability=80, kernels=tmp_path)
 
 
 def test_the_shim_leaves_nothing_behind() -> None:
