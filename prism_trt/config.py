@@ -60,6 +60,13 @@ class TreeShape(StrictModel):
     depth: int = Field(6, ge=1, le=16, description="draft steps per round")
     width: int = Field(10, ge=1, le=32, description="nodes expanded per step and children drafted per node")
     size: int = Field(60, ge=2, le=128, description="nodes verified, root included")
+    min_probability: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="nodes that the drafter thinks less likely than this are neither extended nor verified",
+    )
+    """Cumulative over the path. Saves work where the drafter is unsure; applied by engines that fuse greedy rounds."""
 
     @model_validator(mode="after")
     def _size_is_reachable(self) -> TreeShape:
@@ -70,15 +77,26 @@ class TreeShape(StrictModel):
 
     @classmethod
     def parse(cls, text: str) -> TreeShape:
-        """Parse `SIZE/WIDTH/DEPTH`, the notation of the paper (for example ``60/10/6``)."""
+        """Parse ``SIZE/WIDTH/DEPTH``, the notation of the paper, or ``SIZE/WIDTH/DEPTH@MIN_PROBABILITY``.
+
+        Raises:
+            PrismError: `text` has another form, or no tree has that shape.
+        """
+        sizes, _, least = text.partition("@")
         try:
-            size, width, depth = (int(part) for part in text.split("/"))
+            size, width, depth = (int(part) for part in sizes.split("/"))
+            min_probability = float(least) if least else 0.0
         except ValueError:
-            raise PrismError(f"tree {text!r} is not of the form SIZE/WIDTH/DEPTH, for example 60/10/6") from None
-        return parse(cls, {"depth": depth, "width": width, "size": size}, f"tree {text}")
+            raise PrismError(
+                f"tree {text!r} is not of the form SIZE/WIDTH/DEPTH or SIZE/WIDTH/DEPTH@MIN_PROBABILITY, for example "
+                "60/10/6 or 16/4/6@0.05"
+            ) from None
+        fields = {"depth": depth, "width": width, "size": size, "min_probability": min_probability}
+        return parse(cls, fields, f"tree {text}")
 
     def __str__(self) -> str:
-        return f"{self.size}/{self.width}/{self.depth}"
+        least = f"@{self.min_probability:g}" if self.min_probability else ""
+        return f"{self.size}/{self.width}/{self.depth}{least}"
 
 
 class RopeScaling(StrictModel):
@@ -113,6 +131,7 @@ class DrafterConfig(StrictModel):
     step_map: tuple[int, ...] = Field(description="module of each draft step; later steps use the last entry")
     features: Features = Field("last", description="target hidden states fed to step 0; none for standard")
     feature_layers: tuple[int, ...] = Field((), description="multi: layers after which the fused states are taken")
+    normalize_features: bool = Field(False, description="multi: each state is divided by its root mean square first")
     kv_mode: KVMode = Field("producer", description="K/V of earlier tokens in training; serving keeps its producer's")
     fc_bias: bool = False
     draft_vocab_size: int | None = Field(None, ge=1, description="None: the drafter predicts the whole vocabulary")
@@ -131,6 +150,8 @@ class DrafterConfig(StrictModel):
             raise ValueError(f"a drafter of kind {self.kind} cannot have features {self.features}")
         if (self.features == "multi") != bool(self.feature_layers):
             raise ValueError("feature_layers belong to features multi, and to no others")
+        if self.normalize_features and self.features != "multi":
+            raise ValueError("normalize_features belongs to features multi, and to no others")
         if self.kv_mode == "current" and self.num_layers > 1:
             raise ValueError("kv_mode current is defined for modules of one layer")
         return self
@@ -188,6 +209,7 @@ class TrainConfig(StrictModel):
     compute: Literal["bfloat16", "float32"] = Field("bfloat16", description="dtype of the matrix products")
     seed: int = Field(0, ge=0, description="seed of initialisation, data order and noise")
     hold_back: int = Field(64, ge=0, description="greedy answers held back to simulate the acceptance length")
+    max_answers: int = Field(0, ge=0, description="answers trained on, the first ones of the cache; 0 for all")
     save_every: int = Field(500, ge=1, description="updates between checkpoints")
     simulate_every: int = Field(500, ge=1, description="updates between simulations of the acceptance length")
     log_every: int = Field(20, ge=1, description="updates between measurements of loss and accuracy")

@@ -1,47 +1,114 @@
 #!/usr/bin/env bash
-# Trains EAGLE-2, HASS and PRISM drafters for SmolLM2-135M-Instruct with equal data and equal updates, two seeds each, and
-# compares their acceptance lengths. Every arm ends annealed; HASS and PRISM start from the same warm-up, which is EAGLE
-# training. Four to five hours on two processor cores. Usage: scripts/compare_drafters.sh PROMPTS.jsonl BENCH_SETS WORK
-# (BENCH_SETS/*/question.jsonl are the question sets).
+# Compares drafters for SmolLM2-135M-Instruct that had equal data and equal updates, several training seeds each, and
+# measures what each choice of PRISM gives. All arms end annealed. HASS and PRISM start from one warm-up, which is EAGLE
+# training. Every step is skipped when its result is there, so an interrupted run continues.
+#
+# Usage: scripts/compare_drafters.sh PROMPTS.jsonl BENCH_SETS WORK     (BENCH_SETS/*/question.jsonl are the question sets)
+# Environment: SEEDS "0 1", WARM_UPDATES 1400, TUNED_UPDATES 600, ANSWERS 4096, SIZES "1024 2048 4096" (data sizes),
+# PARTS "main ablations sizes", PER_SET 80, TRAIN_OPTIONS (such as "--device cuda"), WORKERS 1 (trainings at a time).
 set -euo pipefail
 
-prompts=${1:?usage: $0 PROMPTS.jsonl BENCH_SETS WORK}
-sets=${2:?usage: $0 PROMPTS.jsonl BENCH_SETS WORK}
-work=${3:?usage: $0 PROMPTS.jsonl BENCH_SETS WORK}
-warm=${WARM_UPDATES:-1400} tuned=${TUNED_UPDATES:-600}
+usage="usage: $0 PROMPTS.jsonl BENCH_SETS WORK"
+prompts=${1:?$usage} sets=${2:?$usage} work=${3:?$usage}
+seeds=${SEEDS:-0 1} warm=${WARM_UPDATES:-1400} tuned=${TUNED_UPDATES:-600} answers=${ANSWERS:-4096}
+sizes=${SIZES:-1024 2048 4096} parts=${PARTS:-main ablations sizes} per_set=${PER_SET:-80} workers=${WORKERS:-1}
+read -ra options <<<"${TRAIN_OPTIONS:-}"
 target=$(python -c 'from prism_trt.target.smollm2 import find_smollm2; print(find_smollm2())')
 
-train() { # NAME SEED OPTIONS...
-    local name=$1 seed=$2
-    shift 2
+train() { # NAME SEED FROM OPTIONS...: FROM is the arm whose first stage this one continues, or -
+    local name=$1 seed=$2 from=$3 checkpoints="$work/$1-$2/checkpoints"
+    shift 3
     [ -f "$work/$name-$seed/drafter/config.json" ] && return
-    python -m prism_trt.train --target "$target" --cache "$work/cache" --seed "$seed" --overwrite \
-        --out "$work/$name-$seed/drafter" --work "$work/$name-$seed/checkpoints" "$@"
+    mkdir -p "$checkpoints"
+    [ "$from" = - ] || cp -n "$work/$from-$seed/checkpoints/stage-0-one_step.pt" "$checkpoints/"
+    python -m prism_trt.train --target "$target" --cache "$work/cache" --seed "$seed" --overwrite "${options[@]}" \
+        --out "$work/$name-$seed/drafter" --work "$checkpoints" "$@"
 }
 
-continue_from_warm_up() { # NAME SEED: the checkpoint at the end of stage one_step
-    mkdir -p "$work/$1-$2/checkpoints"
-    cp -n "$work/warm-$2/checkpoints/stage-0-one_step.pt" "$work/$1-$2/checkpoints/"
+prism() { # NAME SEED FROM OPTIONS...: PRISM after the warm-up
+    local name=$1 seed=$2 from=$3
+    shift 3
+    train "$name" "$seed" "$from" --kind prism --one-step-updates "$warm" --alignment-updates 0 --tuning-updates "$tuned" "$@"
+}
+
+seed_of_everything() { # SEED: all arms of one training seed
+    local seed=$1 size
+    local hass=(--kind hass --one-step-updates "$warm" --alignment-updates "$tuned")
+    train warm "$seed" - --kind eagle2 --one-step-updates "$warm"
+    train warm-multi "$seed" - --kind eagle2 --features multi --one-step-updates "$warm"
+    if [[ $parts == *main* ]]; then
+        prism prism "$seed" warm
+        train hass "$seed" warm "${hass[@]}"
+        train eagle2 "$seed" - --kind eagle2 --one-step-updates $((warm + tuned))
+        # An update of alignment or tuning costs as much as --alignment-steps or --tuning-steps updates of one step.
+        train eagle2-equal-compute "$seed" - --kind eagle2 --one-step-updates $((warm + 4 * tuned))
+        prism prism-star "$seed" warm-multi --features multi
+        train standard "$seed" - --kind standard --one-step-updates $((warm + tuned))
+    fi
+    if [[ $parts == *ablations* ]]; then
+        prism prism-m1 "$seed" warm --modules 1
+        prism prism-m3 "$seed" warm --modules 3
+        prism prism-current "$seed" warm --kv-mode current
+        train prism-aligned "$seed" warm --kind prism --one-step-updates "$warm" \
+            --alignment-updates $((tuned / 2)) --tuning-updates $((tuned / 2))
+        prism prism-steps-2 "$seed" warm --tuning-steps 2
+        prism prism-steps-6 "$seed" warm --tuning-steps 6
+        prism prism-lr "$seed" warm --tuning-lr 0.001
+        prism prism-hidden "$seed" warm --tuning-hidden-weight 1
+    fi
+    if [[ $parts == *sizes* ]]; then
+        for size in $sizes; do
+            train "warm-$size" "$seed" - --kind eagle2 --one-step-updates "$warm" --max-answers "$size"
+            train "hass-$size" "$seed" "warm-$size" "${hass[@]}" --max-answers "$size"
+            prism "prism-$size" "$seed" "warm-$size" --max-answers "$size"
+        done
+    fi
+}
+
+bench() { # RESULT REFERENCE TREE,... TEMPERATURE,... NAME=ARM...: results of the named arms, all seeds
+    local result=$1 reference=$2 trees=$3 temperatures=$4 arguments=() pair arm seed value
+    shift 4
+    for pair in "$@"; do
+        for seed in $seeds; do
+            arm="$work/${pair#*=}-$seed"
+            [ -f "$arm/engine/engine.json" ] || python -m prism_trt.build --target "$target" --drafter "$arm/drafter" \
+                --out "$arm/engine" --slots 8 --overwrite
+            arguments+=(--engine "${pair%%=*}=$arm/engine")
+        done
+    done
+    for value in ${trees//,/ }; do arguments+=(--tree "$value"); done
+    for value in ${temperatures//,/ }; do arguments+=(--temperature "$value"); done
+    python -m prism_trt.bench "${arguments[@]}" --questions "$sets"/*/question.jsonl --per-set "$per_set" \
+        --max-new-tokens 64 --batch 8 --reference "$reference" --json "$work/$result.json" \
+        --markdown "$work/$result.md" --plots "$work/$result-plots"
 }
 
 python -m prism_trt.train --target "$target" --data "$prompts" --cache "$work/cache" --generate-only --features multi \
-    --answers 4096 --max-prompt-tokens 768 --max-new-tokens 256 --sampled-share 0
-engines=()
-for seed in 0 1; do
-    train warm "$seed" --kind eagle2 --one-step-updates "$warm"
-    continue_from_warm_up hass "$seed"
-    train hass "$seed" --kind hass --one-step-updates "$warm" --alignment-updates "$tuned"
-    continue_from_warm_up prism "$seed"
-    train prism "$seed" --kind prism --one-step-updates "$warm" \
-        --alignment-updates $((tuned / 2)) --tuning-updates $((tuned / 2))
-    train eagle2 "$seed" --kind eagle2 --one-step-updates $((warm + tuned))
-    for name in eagle2 hass prism; do
-        python -m prism_trt.build --target "$target" --drafter "$work/$name-$seed/drafter" \
-            --out "$work/$name-$seed/engine" --slots 8 --overwrite
-        engines+=(--engine "$name=$work/$name-$seed/engine")
-    done
+    --answers "$answers" --max-prompt-tokens 768 --max-new-tokens 256 --sampled-share 0
+running=()
+for seed in $seeds; do
+    if [ "${#running[@]}" -ge "$workers" ]; then
+        wait "${running[0]}"
+        running=("${running[@]:1}")
+    fi
+    seed_of_everything "$seed" &
+    running+=("$!")
 done
+for process in "${running[@]}"; do wait "$process"; done
 
-python -m prism_trt.bench "${engines[@]}" --questions "$sets"/*/question.jsonl --per-set 40 --max-new-tokens 64 \
-    --tree 16/4/6 --batch 8 --reference hass --json "$work/comparison.json" --markdown "$work/comparison.md" \
-    --plots "$work/plots"
+if [[ $parts == *main* ]]; then
+    bench comparison hass 16/4/6,60/10/6 0,1 eagle2=eagle2 eagle2-equal-compute=eagle2-equal-compute hass=hass \
+        prism=prism "prism*=prism-star" standard=standard
+fi
+if [[ $parts == *ablations* ]]; then
+    bench ablations prism 16/4/6 0 prism=prism m1=prism-m1 m3=prism-m3 current=prism-current aligned=prism-aligned \
+        steps-2=prism-steps-2 steps-6=prism-steps-6 lr=prism-lr hidden=prism-hidden
+fi
+if [[ $parts == *sizes* ]]; then
+    points=()
+    for size in $sizes; do
+        bench "size-$size" hass 16/4/6 0 "hass=hass-$size" "prism=prism-$size"
+        points+=(--point "$size=$work/size-$size.json")
+    done
+    python -m prism_trt.bench.scaling "${points[@]}" --plot "$work/scaling.png" --markdown "$work/scaling.md"
+fi

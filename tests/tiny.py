@@ -85,6 +85,7 @@ DRAFTERS: dict[str, dict[str, Any]] = {
     "three modules": {"modules": 3},
     "bias": {"modules": 2, "fc_bias": True},
     "multi": {"modules": 2, "features": "multi", "feature_layers": (0, 1, 1)},
+    "normalized": {"modules": 2, "features": "multi", "feature_layers": (0, 1, 1), "normalize_features": True},
     "two layers": {"modules": 2, "num_layers": 2},
     "standard": {
         "modules": 1,

@@ -21,11 +21,14 @@ def app() -> typer.Typer:
         target: Annotated[Path | None, typer.Option(help="target: HF directory or GGUF file")] = None,
         bundle: Annotated[Path | None, typer.Option(help="finish this bundle, on the GPU it is for")] = None,
         drafter: Annotated[Path | None, typer.Option(help="drafter checkpoint; without it only plain decoding")] = None,
-        gpu: Annotated[str, typer.Option(help="profile: cpu, a100, rtx4090 or h800")] = "cpu",
+        gpu: Annotated[str, typer.Option(help="profile: cpu, cuda, a100, rtx4090 or h800")] = "cpu",
+        runtime: Annotated[
+            str | None, typer.Option(help="tensorrt-rtx or tensorrt for a GPU; the profile's by default")
+        ] = None,
         tree: Annotated[str | None, typer.Option(help="default draft tree, SIZE/WIDTH/DEPTH")] = None,
         context: Annotated[int | None, typer.Option(min=16, help="K/V entries per request")] = None,
         slots: Annotated[int | None, typer.Option(min=1, help="concurrent requests")] = None,
-        dtype: Annotated[str | None, typer.Option(help="float16 or bfloat16; the profile's first by default")] = None,
+        dtype: Annotated[str | None, typer.Option(help="of the computation; the profile's first by default")] = None,
         fp8: Annotated[bool, typer.Option("--fp8", help="store weights and activations in FP8")] = False,
         int8: Annotated[bool, typer.Option("--int8", help="store the target's weights in INT8")] = False,
         calibration: Annotated[Path | None, typer.Option(help="prompts for --fp8 and --int8, as for training")] = None,
@@ -46,6 +49,7 @@ def app() -> typer.Typer:
         shape = TreeShape.parse(tree) if tree is not None else None
         manifest = build_engine(
             profile=gpu,
+            runtime=runtime,
             target=target,
             drafter=drafter,
             out=out,
@@ -65,7 +69,7 @@ def app() -> typer.Typer:
                 f"copy it to a host with that GPU and run: python -m prism_trt.build --bundle {out.name} --out engine"
             )
             return
-        latency = "" if manifest.latency_ms is None else f"; one token takes {manifest.latency_ms.forward[1]:.1f} ms"
+        latency = "" if manifest.latency_ms is None else f"; one token takes {manifest.latency_ms.forward[1][1]:.1f} ms"
         typer.echo(
             f"{out}: {manifest.runtime} engine ({manifest.isa or manifest.dtype}), context {manifest.limits.context}, "
             f"{manifest.limits.slots} slots, tree {manifest.default_tree}{latency}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -9,11 +10,12 @@ from typing import Any
 
 import torch
 
-from prism_trt.build.bundle import BundleManifest, bundled_quantization, read_bundle, write_bundle
+from prism_trt.build.bundle import BUNDLED_RUNTIME, BundleManifest, bundled_quantization, read_bundle, write_bundle
+from prism_trt.build.cuda import write_cuda_engine
 from prism_trt.build.gpu import compiles_here, gpu_limits, import_tensorrt, write_gpu_engine
 from prism_trt.build.latency import measure
 from prism_trt.build.plan import BuildPlan, own_versions
-from prism_trt.build.profile import CpuProfile, GpuProfile, load_profile
+from prism_trt.build.profile import AnyProfile, CpuProfile, CudaProfile, GpuProfile, load_profile
 from prism_trt.config import TreeShape
 from prism_trt.drafter.checkpoint import load_drafter, save_drafter
 from prism_trt.drafter.model import Drafter
@@ -21,6 +23,7 @@ from prism_trt.engines.cpu.files import choose_isa, open_files, unsupported, wri
 from prism_trt.engines.loading import DRAFTER_DIRECTORY, TARGET_DIRECTORY, TOKENIZER_DIRECTORY, default_threads
 from prism_trt.engines.manifest import ENGINE_KIND, ENGINE_MANIFEST, EngineManifest
 from prism_trt.engines.protocol import Engine, EngineLimits
+from prism_trt.engines.tensorrt.files import KERNELS
 from prism_trt.engines.torch_engine import TorchEngine
 from prism_trt.errors import PrismError
 from prism_trt.manifest import atomic_directory, sha256_file, write_manifest
@@ -33,6 +36,7 @@ from prism_trt.target.loading import Target, load_target, save_hf
 def build_engine(
     *,
     profile: str = "cpu",
+    runtime: str | None = None,
     target: Path,
     drafter: Path | None,
     out: Path,
@@ -43,6 +47,7 @@ def build_engine(
     quantization: Quantization | None = None,
     calibration: Path | None = None,
     quantized: Quantized | None = None,
+    kernels: Path | None = None,
     overwrite: bool = False,
     say: Callable[[str], None] = print,
 ) -> EngineManifest | BundleManifest:
@@ -52,6 +57,7 @@ def build_engine(
 
     Args:
         profile: name of a file in `build/`.
+        runtime: of an engine for a GPU; the profile's when None.
         target: the model to reproduce.
         drafter: its drafter; None builds an engine that can only decode plainly.
         out: the engine directory; replaced only when `overwrite` is true, and never left half-written.
@@ -62,21 +68,23 @@ def build_engine(
         quantization: of the matrices; the profile says which there are, None leaves them in `dtype`.
         calibration: prompts that it is calibrated and measured with.
         quantized: the result of an earlier calibration, instead of the two.
+        kernels: directory of compiled plugins; None compiles them.
         overwrite: replace an existing `out`.
         say: receives one-sentence remarks, such as falling back to torch, or what a quantisation costs.
 
     Raises:
         PrismError: bad input, or the drafter is not the target's.
     """
-    settings = load_profile(profile)
+    settings = load_profile(profile, runtime)
     _require_quantization(settings, quantization, calibration)
     if dtype is not None and dtype not in settings.dtypes:
         raise PrismError(
             f"profile {profile} computes in {' or '.join(settings.dtypes)}, not in {dtype}: pass one of them as --dtype"
         )
     with atomic_directory(out, overwrite) as directory:
-        model = load_target(target)
-        draft = load_drafter(drafter, model) if drafter is not None else None
+        of_target, of_drafter = _weight_types(settings, dtype, quantization)
+        model = load_target(target, of_target)
+        draft = load_drafter(drafter, model, of_drafter) if drafter is not None else None
         longest = model.config.max_position_embeddings
         if context is not None and context > longest:
             raise PrismError(f"--context {context} is more than the target's {longest} positions: choose a smaller one")
@@ -89,10 +97,14 @@ def build_engine(
         model.tokenizer.save(directory / TOKENIZER_DIRECTORY)
         if isinstance(settings, GpuProfile):
             limits = gpu_limits(plan, settings)
+            if kernels is not None:
+                shutil.copytree(kernels, directory / KERNELS)
             if not compiles_here(settings):
                 trt = import_tensorrt("tensorrt-rtx")
                 return write_bundle(trt, plan, settings, limits, plan.dtype or settings.dtypes[0])
             fields = write_gpu_engine(plan, settings, limits)
+        elif isinstance(settings, CudaProfile):
+            fields = write_cuda_engine(plan, settings)
         else:
             fields = _write_cpu_engine(plan, settings, say)
         manifest = EngineManifest(
@@ -115,7 +127,7 @@ def finish_bundle(bundle: Path, out: Path, overwrite: bool = False) -> EngineMan
         PrismError: `bundle` is not an intact bundle, or its GPU is not here.
     """
     manifest = read_bundle(bundle)
-    settings = load_profile(manifest.profile)
+    settings = load_profile(manifest.profile, BUNDLED_RUNTIME)
     assert isinstance(settings, GpuProfile)
     if not compiles_here(settings):
         raise PrismError(
@@ -124,6 +136,7 @@ def finish_bundle(bundle: Path, out: Path, overwrite: bool = False) -> EngineMan
     drafter = bundle / DRAFTER_DIRECTORY if manifest.drafter is not None else None
     built = build_engine(
         profile=manifest.profile,
+        runtime=BUNDLED_RUNTIME,
         target=bundle / TARGET_DIRECTORY,
         drafter=drafter,
         out=out,
@@ -132,15 +145,29 @@ def finish_bundle(bundle: Path, out: Path, overwrite: bool = False) -> EngineMan
         slots=manifest.limits.slots,
         dtype=manifest.dtype,
         quantized=bundled_quantization(bundle, manifest),
+        kernels=None if drafter is None else bundle / KERNELS,
         overwrite=overwrite,
     )
     assert isinstance(built, EngineManifest)
     return built
 
 
-def _require_quantization(
-    settings: CpuProfile | GpuProfile, quantization: Quantization | None, calibration: Path | None
-) -> None:
+def _weight_types(
+    settings: AnyProfile, dtype: str | None, quantization: Quantization | None
+) -> tuple[torch.dtype | None, torch.dtype]:
+    """The types to load the target's (None: as stored) and the drafter's weights in.
+
+    Compiling converts the target's one by one; whatever computes on this machine does so in float32.
+    """
+    computed: torch.dtype = getattr(torch, dtype or settings.dtypes[0])
+    if isinstance(settings, CudaProfile):
+        return computed, computed
+    if isinstance(settings, GpuProfile) and quantization is None and compiles_here(settings):
+        return None, computed
+    return torch.float32, torch.float32
+
+
+def _require_quantization(settings: AnyProfile, quantization: Quantization | None, calibration: Path | None) -> None:
     """Refuse a quantisation that the profile does not have, or that nothing calibrates.
 
     Raises:

@@ -12,6 +12,7 @@ from torch import nn
 
 from prism_trt.build.plan import BuildPlan, own_versions
 from prism_trt.build.profile import GpuProfile
+from prism_trt.config import DrafterConfig
 from prism_trt.convert.compile import compile_network, serving_profile
 from prism_trt.convert.drafter import drafter_linears, emit_round, emit_step
 from prism_trt.convert.graph import Emitted
@@ -22,11 +23,14 @@ from prism_trt.convert.layers import (
     parse_layers,
     quantized_products,
 )
+from prism_trt.convert.plugins import Plugins
 from prism_trt.convert.quantized import quantized_matrices
+from prism_trt.convert.scratch import scratch_files
 from prism_trt.convert.target import emit_target, target_linears
+from prism_trt.drafter.model import Drafter
 from prism_trt.engines.manifest import GpuEngine, NetworkReport
 from prism_trt.engines.tensorrt.binding import NetworkLimits
-from prism_trt.engines.tensorrt.files import BINDINGS, DRAFT_VOCAB, ROUND, STEP, TARGET, plan_file
+from prism_trt.engines.tensorrt.files import BINDINGS, DRAFT_VOCAB, KERNELS, ROUND, STEP, TARGET, plan_file
 from prism_trt.errors import PrismError
 from prism_trt.progress import progress
 from prism_trt.quantize.scales import save_scales
@@ -70,12 +74,15 @@ def write_gpu_engine(plan: BuildPlan, settings: GpuProfile, limits: NetworkLimit
     if settings.runtime == "tensorrt-rtx":
         capability = f"SM{settings.compute_capability.replace('.', '')}"
     reports = {}
-    for name, network in _networks(trt, plan, limits, dtype):
+    plugins = step_plugins(plan, settings, limits) if settings.runtime == "tensorrt" else None
+    for name, network in _networks(trt, plan, limits, dtype, plugins):
         with progress(f"compiling {name}") as reporter:
             dump = compile_network(
                 network, serving_profile(limits), plan.directory / plan_file(name), capability, reporter
             )
-        reports[name] = _checked(name, dump, network)
+        if settings.runtime == "tensorrt-rtx":  # TensorRT itself logs no such dump
+            reports[name] = _checked(name, dump, network)
+        del network  # and its constants, before the next ones are made
     if plan.quantized is not None:
         save_scales(plan.quantized.scales, plan.directory)
     if plan.drafter is not None and plan.drafter.draft_vocab is not None:
@@ -98,6 +105,12 @@ def write_gpu_engine(plan: BuildPlan, settings: GpuProfile, limits: NetworkLimit
     }
 
 
+def step_plugins(plan: BuildPlan, settings: GpuProfile, limits: NetworkLimits) -> Plugins:
+    """What the step network's plugins are made for; their kernels are kept beside the plans."""
+    capability = int(settings.compute_capability.replace(".", ""))
+    return Plugins(limits.slots, capability, plan.directory / KERNELS)
+
+
 def import_tensorrt(runtime: str) -> Any:
     """The Python bindings of `runtime`; both have the network API that networks are emitted through.
 
@@ -110,32 +123,47 @@ def import_tensorrt(runtime: str) -> Any:
         raise PrismError(f"this needs {runtime}: install it with pip install 'prism-trt[{runtime}]'") from None
 
 
-def _pool_bytes(config: TargetConfig, limits: NetworkLimits) -> int:
-    """Size of the target's K/V pool in a type of two bytes."""
-    return 4 * config.num_layers * limits.slots * config.num_kv_heads * limits.capacity * config.head_dim
+def _pool_numbers(config: TargetConfig | DrafterConfig, limits: NetworkLimits) -> int:
+    """Numbers in the K/V pool."""
+    return 2 * config.num_layers * limits.slots * config.num_kv_heads * limits.capacity * config.head_dim
+
+
+def _drafter_numbers(drafter: Drafter, target: TargetConfig) -> int:
+    """Numbers in the constants of one network of `drafter`: its modules, the embedding and the draft head."""
+    own = sum(parameter.numel() for parameter in drafter.parameters())
+    if drafter.config.kind == "standard":
+        return own
+    shares = target.tie_word_embeddings and drafter.draft_vocab is None
+    head = 0 if shares else drafter.config.draft_vocab_size or target.vocab_size
+    return own + (target.vocab_size + head) * target.hidden_size
 
 
 def _require_memory(plan: BuildPlan, settings: GpuProfile, limits: NetworkLimits) -> None:
-    """Refuse what cannot fit: weights (of drafter networks, too) and the K/V pool, in two bytes per number.
+    """Refuse what cannot fit: weights (of both drafter networks, too) and the K/V pools, in two bytes per number.
 
     Quantised matrices take one, but the step network has its own, wider copy of a drafter's.
 
     Raises:
         PrismError: they do not fit the GPU's memory.
     """
-    weights = sum(parameter.numel() for parameter in plan.target.model.parameters())
-    if plan.drafter is not None:
-        # Step and round networks each hold the modules, the embedding and the draft head.
-        own = sum(parameter.numel() for parameter in plan.drafter.parameters())
-        table = plan.target.config.vocab_size + (plan.drafter.config.draft_vocab_size or 0)
-        weights += 2 * (own + table * plan.drafter.config.hidden_size)
+    target, drafter = plan.target.config, plan.drafter
+    numbers = sum(parameter.numel() for parameter in plan.target.model.parameters())
+    entries = _pool_numbers(target, limits)
+    if drafter is not None:
+        numbers += 2 * _drafter_numbers(drafter, target)
+        entries += _pool_numbers(drafter.config, limits)
     spared = sum(part.weight.numel() for parts in _quantized_linears(plan) for part in parts)
-    need = (2 * weights - spared + _pool_bytes(plan.target.config, limits)) / 2**30
+    weights, pools = (2 * numbers - spared) / 2**30, 2 * entries / 2**30
     room = settings.memory_gib * (1 - _RESERVE)
-    if need > room:
+    if weights >= room:
+        instead = " or ".join(("a GPU with more memory", *(f"--{name}" for name in settings.quantizations)))
         raise PrismError(
-            f"weights and K/V need {need:.1f} GiB but {settings.name} has room for {room:.1f}: lower --slots "
-            f"({limits.slots}) or --context ({limits.context})"
+            f"the weights need {weights:.1f} GiB but {settings.name} has room for {room:.1f}: use {instead}"
+        )
+    if weights + pools > room:
+        raise PrismError(
+            f"weights and K/V need {weights:.1f} + {pools:.1f} GiB but {settings.name} has room for {room:.1f}: lower "
+            f"--slots ({limits.slots}) or --context ({limits.context})"
         )
 
 
@@ -147,13 +175,22 @@ def _quantized_linears(plan: BuildPlan) -> Iterator[list[nn.Linear]]:
     return (parts for name, parts in linears.items() if name in plan.scales)
 
 
-def _networks(trt: Any, plan: BuildPlan, limits: NetworkLimits, dtype: torch.dtype) -> Iterator[tuple[str, Emitted]]:
+def _networks(
+    trt: Any, plan: BuildPlan, limits: NetworkLimits, dtype: torch.dtype, plugins: Plugins | None
+) -> Iterator[tuple[str, Emitted]]:
     """The networks by name, one at a time, because each holds a copy of its weights."""
     model, drafter = plan.target.model, plan.drafter
     scales = plan.scales
-    yield TARGET, emit_target(trt, model, drafter, limits.capacity, dtype, scales)
+    place = scratch_files(plan.directory, model)
     if drafter is not None:
-        yield STEP, emit_step(trt, drafter, model, limits.capacity, dtype, scales=scales)
+        for parameter in drafter.parameters():
+            parameter.data = place(parameter.data)  # not read until the target is built
+    with progress("reading layers of the target", model.config.num_layers) as reporter:
+        target = emit_target(trt, model, drafter, limits.capacity, dtype, scales, place, reporter)
+    yield TARGET, target
+    del target
+    if drafter is not None:
+        yield STEP, emit_step(trt, drafter, model, limits.capacity, dtype, scales, plugins)
         yield ROUND, emit_round(trt, drafter, model, plan.tree, limits.capacity, dtype, scales)
 
 

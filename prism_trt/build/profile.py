@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, field_validator
 
@@ -39,17 +39,31 @@ class CpuProfile(_Profile):
     tokens_per_call: int = Field(ge=16, description="largest prefill chunk, and batch times tree size")
 
 
+GpuRuntime = Literal["tensorrt-rtx", "tensorrt"]
+
+
 class GpuProfile(_Profile):
     """Build settings of one kind of GPU."""
 
-    runtime: Literal["tensorrt-rtx", "tensorrt"]
+    runtime: GpuRuntime
     compute_capability: str = Field(pattern=r"^\d+\.\d$")
     memory_gib: float = Field(gt=0)
     dtypes: tuple[Literal["float16", "bfloat16"], ...] = Field(min_length=1, description="the first is the default")
     prefill_tokens: int = Field(ge=16, description="largest prefill chunk")
 
 
-Profile = Annotated[CpuProfile | GpuProfile, Field(discriminator="runtime")]
+class CudaProfile(_Profile):
+    """Build settings of any NVIDIA GPU, for PyTorch."""
+
+    runtime: Literal["torch-cuda"]
+    dtypes: tuple[Literal["bfloat16", "float16", "float32"], ...] = Field(
+        min_length=1, description="the first is the default"
+    )
+    tokens_per_call: int = Field(ge=16, description="largest prefill chunk, and batch times tree size")
+
+
+AnyProfile = CpuProfile | CudaProfile | GpuProfile
+Profile = Annotated[AnyProfile, Field(discriminator="runtime")]
 
 
 class _ProfileFile(StrictModel):
@@ -61,13 +75,20 @@ def profile_names() -> list[str]:
     return sorted(path.stem for path in resource("build").glob("*.toml"))
 
 
-def load_profile(name: str) -> CpuProfile | GpuProfile:
-    """Read `build/<name>.toml`.
+def load_profile(name: str, runtime: str | None = None) -> AnyProfile:
+    """Read `build/<name>.toml`; `runtime` replaces that of a GPU.
 
     Raises:
-        PrismError: there is no such profile, or it is invalid.
+        PrismError: there is no such profile or runtime, or the file is invalid.
     """
     if name not in profile_names():
         raise PrismError(f"there is no profile {name!r}: choose one of {', '.join(profile_names())}")
     path = resource("build") / f"{name}.toml"
-    return parse(_ProfileFile, {"profile": tomllib.loads(path.read_text())}, str(path)).profile
+    settings = parse(_ProfileFile, {"profile": tomllib.loads(path.read_text())}, str(path)).profile
+    if runtime is None:
+        return settings
+    if not isinstance(settings, GpuProfile):
+        raise PrismError(f"profile {name} has one runtime only: leave out --runtime")
+    if runtime not in (known := get_args(GpuRuntime)):
+        raise PrismError(f"there is no runtime {runtime!r}: choose one of {', '.join(known)}")
+    return settings.model_copy(update={"runtime": runtime})

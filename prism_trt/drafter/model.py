@@ -135,7 +135,12 @@ class Drafter(nn.Module):
 
     def fuse_features(self, features: Tensor) -> Tensor:
         """What step 0 reads as h_t [..., H]: the features [..., F] themselves, or three of them fused (PRISM*)."""
-        return features if self.fusion is None else self.fusion(features)
+        if self.fusion is None:
+            return features
+        if self.config.normalize_features:
+            states = features.unflatten(-1, (-1, self.config.hidden_size))
+            features = nn.functional.rms_norm(states, states.shape[-1:], eps=self.config.rms_norm_eps).flatten(-2)
+        return self.fusion(features)
 
     def embedding(self, target_embedding: Tensor) -> Tensor:
         """The table [V, H] that tokens are read with: the target's, given here, or the drafter's own."""

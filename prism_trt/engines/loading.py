@@ -14,13 +14,17 @@ from prism_trt.engines.cpu.library import cpu_flags
 from prism_trt.engines.manifest import read_engine_manifest
 from prism_trt.engines.protocol import Engine, EngineLimits
 from prism_trt.errors import PrismError
+from prism_trt.speculative.acceptance import AcceptancePrior
+from prism_trt.speculative.planner import Planner
 from prism_trt.target.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from prism_trt.drafter.model import Drafter
+    from prism_trt.engines.torch_engine import TorchEngine
     from prism_trt.target.loading import Target
 
 TOKENIZER_DIRECTORY, TARGET_DIRECTORY, DRAFTER_DIRECTORY = "tokenizer", "target", "drafter"
+CPU = torch.device("cpu")
 _MOST_THREADS = 16
 
 
@@ -63,16 +67,53 @@ def load_engine(path: Path, threads: int | None = None, slots: int | None = None
     from prism_trt.target.loading import load_target
 
     torch.set_num_threads(threads)
-    target = load_target(path / TARGET_DIRECTORY)
-    drafter = load_drafter(path / DRAFTER_DIRECTORY, target) if manifest.drafter else None
-    torch_engine = TorchEngine(target, drafter, limits, torch.device("cpu"), torch.float32)
+    dtype: torch.dtype = getattr(torch, manifest.dtype)
+    on_gpu = manifest.runtime == "torch-cuda"
+    if on_gpu and not torch.cuda.is_available():
+        raise PrismError(f"{path} runs on an NVIDIA GPU, but torch finds none here: build it with --gpu cpu")
+    target = load_target(path / TARGET_DIRECTORY, dtype)
+    drafter = load_drafter(path / DRAFTER_DIRECTORY, target, dtype) if manifest.drafter else None
+    if on_gpu:
+        torch_engine = cuda_engine(target, drafter, limits, dtype)
+    else:
+        torch_engine = TorchEngine(target, drafter, limits, CPU, dtype)
     torch_engine.default_tree = manifest.default_tree
     return torch_engine
+
+
+def cuda_engine(
+    target: Target,
+    drafter: Drafter | None,
+    limits: EngineLimits,
+    dtype: torch.dtype,
+    feature_layers: tuple[int, ...] | None = None,
+) -> TorchEngine:
+    """An engine on the current CUDA device, computing in `dtype` by CUDA graphs."""
+    from prism_trt.engines.cuda_graphs import GraphedTorchEngine
+    from prism_trt.engines.recordings import CudaGraphs
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    return GraphedTorchEngine(target, drafter, limits, device, dtype, CudaGraphs(), feature_layers)
 
 
 def load_engine_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of the engine directory `path`."""
     return Tokenizer.load(Path(path) / TOKENIZER_DIRECTORY)
+
+
+def load_planner(path: Path, engine: Engine) -> Planner:
+    """A planner for `engine`, which was loaded from the directory `path` and is idle.
+
+    Its latency table is the one that the build measured, or is measured now, in a few seconds, where the engine was
+    built elsewhere.
+    """
+    manifest = read_engine_manifest(path)
+    table = manifest.latency_ms
+    if table is None:
+        from prism_trt.build.latency import measure
+
+        table = measure(engine)
+    return Planner(engine, table, AcceptancePrior.of(manifest.drafter))
 
 
 def make_engine(
@@ -81,16 +122,21 @@ def make_engine(
     limits: EngineLimits,
     threads: int | None = None,
     feature_layers: tuple[int, ...] | None = None,
+    device: torch.device = CPU,
 ) -> Engine:
-    """An engine for a loaded model without an engine directory: compiled where possible, else torch in float32.
+    """An engine for a loaded model without an engine directory.
 
     Args:
         feature_layers: numbers of the hidden states to give as features; None for those the drafter is fed.
+        device: a CUDA device computes in bfloat16; the CPU as compiled code, or where that is not possible by torch in
+            float32.
     """
+    if device.type == "cuda":
+        return cuda_engine(target, drafter, limits, torch.bfloat16, feature_layers)
     chosen = choose_isa()
     if chosen and not unsupported(target.config, drafter.config if drafter else None):
         return open_temporary(target, drafter, limits, threads or default_threads(), *chosen, feature_layers)
 
     from prism_trt.engines.torch_engine import TorchEngine
 
-    return TorchEngine(target, drafter, limits, torch.device("cpu"), torch.float32, feature_layers)
+    return TorchEngine(target, drafter, limits, CPU, torch.float32, feature_layers)

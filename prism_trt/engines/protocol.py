@@ -144,6 +144,15 @@ class Engine(Protocol):
 
 
 @runtime_checkable
+class PrefixCopyEngine(Engine, Protocol):
+    """An engine that can copy K/V between slots."""
+
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` entries of slot `source` to slot `target`, in the target and in the drafter."""
+        ...
+
+
+@runtime_checkable
 class FusedDraftEngine(Engine, Protocol):
     """An engine that grows the whole tree in one call; must give the tree the generic loop would give."""
 
@@ -160,6 +169,8 @@ class RoundOutput:
     """[B, depth + 1] int64: accepted tokens, then the bonus token; the first `counts` of a row are valid."""
     counts: Tensor
     """[B] int64, at least 1."""
+    drafted: Tensor
+    """[B] int64: tree nodes verified, the root excluded."""
     features: Tensor
     """[B, depth + 1, F]: the target's features of the token before each of `tokens`."""
 
@@ -169,5 +180,5 @@ class FusedRoundEngine(FusedDraftEngine, Protocol):
     """An engine that does a whole greedy round in one call, sparing the host its work between drafting and commit."""
 
     def speculate(self, batch: TokenBatch, features: Tensor, shape: TreeShape) -> RoundOutput:
-        """`draft_round`, then `forward` over the tree, greedy verification and `commit`."""
+        """`draft_round` less the nodes below `shape.min_probability`, `forward`, greedy verification and `commit`."""
         ...

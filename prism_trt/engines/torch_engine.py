@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from prism_trt.config import TreeShape
 from prism_trt.drafter.features import fed_layers
-from prism_trt.drafter.model import Drafter
+from prism_trt.drafter.model import Drafter, ProcessingModule
 from prism_trt.engines.protocol import DraftOutput, EngineLimits, LogitsFor, TargetOutput, TokenBatch
 from prism_trt.errors import PrismError
 from prism_trt.target.loading import Target
@@ -20,6 +20,8 @@ class TorchEngine:
     """A target and its drafter on `device`; all modules share the drafter's pool."""
 
     default_tree = TreeShape()
+    _spare_entries = 0
+    """Entries of a slot behind its context, which belong to nobody."""
 
     def __init__(
         self,
@@ -55,18 +57,23 @@ class TorchEngine:
         self._dtype = dtype
         state = {name: tensor.detach().to(device, dtype) for name, tensor in target.model.state_dict().items()}
         self._target = LlamaModel.from_state(config, state)
+        capacity = limits.context + self._spare_entries
         self._pool = KVPool.allocate(
-            config.num_layers, limits.slots, config.num_kv_heads, limits.context, config.head_dim, dtype, device
+            config.num_layers, limits.slots, config.num_kv_heads, capacity, config.head_dim, dtype, device
         )
         self._drafter: Drafter | None = None
         if drafter is not None:
             shape = drafter.config
             self._drafter = copy.deepcopy(drafter).to(device, dtype).requires_grad_(False).eval()
+            for module in self._drafter.modules_:
+                assert isinstance(module, ProcessingModule)
+                for layer in module.stack:
+                    layer.frequencies = layer.frequencies.to(device)
             self.draft_vocab = self._drafter.draft_vocab
             self._draft_head = self._drafter.head_rows(self._target.head_weight)
             self._draft_embedding = self._drafter.embedding(self._target.model.embed_tokens.weight)
             self._draft_pool = KVPool.allocate(
-                shape.num_layers, limits.slots, shape.num_kv_heads, limits.context, shape.head_dim, dtype, device
+                shape.num_layers, limits.slots, shape.num_kv_heads, capacity, shape.head_dim, dtype, device
             )
 
     @torch.inference_mode()
@@ -81,7 +88,7 @@ class TorchEngine:
         final, features = self._target(batch, self._pool, self._feature_layers)
         if logits_for == "none":
             return TargetOutput(features, None, None)
-        logits = self._target.head(final if logits_for == "all" else _last(final, batch))
+        logits = self._target.head(final if logits_for == "all" else last_valid(final, batch.counts))
         return TargetOutput(features, logits, logits.argmax(dim=-1))
 
     @torch.inference_mode()
@@ -91,9 +98,16 @@ class TorchEngine:
             self._pool.move(slot, length + path[:count], length)
 
     @torch.inference_mode()
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        """See `prism_trt.engines.protocol.PrefixCopyEngine.copy_prefix`."""
+        self._pool.copy(source, target, length)
+        if self._drafter is not None:
+            self._draft_pool.copy(source, target, length)
+
+    @torch.inference_mode()
     def extend(self, batch: TokenBatch, features: Tensor) -> DraftOutput:
         """See `prism_trt.engines.protocol.Engine.extend`; raises as `forward` does."""
-        return self._predict(_last(self._draft(0, batch, features), batch))
+        return self._predict(last_valid(self._draft(0, batch, features), batch.counts))
 
     @torch.inference_mode()
     def step(self, k: int, batch: TokenBatch, hidden: Tensor) -> DraftOutput:
@@ -106,14 +120,19 @@ class TorchEngine:
             raise ValueError("this engine has no drafter")
         self._check_size(batch)
         access = PoolAccess.of(batch, self._draft_pool)
+        return self._run_module(k, batch.tokens, batch.positions, access, hidden)
+
+    def _run_module(self, k: int, tokens: Tensor, positions: Tensor, access: PoolAccess, hidden: Tensor) -> Tensor:
+        """`_draft` of tokens [B, T] at positions [B, T] with a resolved access to the pool."""
+        assert self._drafter is not None
         module = self._drafter.module(k)
         hidden = hidden.to(self._dtype)
-        embeds = nn.functional.embedding(batch.tokens, self._draft_embedding)
+        embeds = nn.functional.embedding(tokens, self._draft_embedding)
         x = module.fuse(embeds, hidden if k else self._drafter.fuse_features(hidden))
         for number, layer in enumerate(module.stack):
             normed = layer.input_layernorm(x)
-            keys, values = access.update(self._draft_pool, number, *layer.key_value(normed, batch.positions))
-            x = layer.finish(x, attend(layer.query(normed, batch.positions), keys, values, access.mask))
+            keys, values = access.update(self._draft_pool, number, *layer.key_value(normed, positions))
+            x = layer.finish(x, attend(layer.query(normed, positions), keys, values, access.mask))
         return module.norm(x)
 
     def _predict(self, hidden: Tensor) -> DraftOutput:
@@ -127,9 +146,8 @@ class TorchEngine:
             )
 
 
-def _last(rows: Tensor, batch: TokenBatch) -> Tensor:
-    """[B, 1, H]: each row's last valid token of [B, T, H]."""
+def last_valid(rows: Tensor, counts: Tensor) -> Tensor:
+    """[B, 1, H]: each row's last valid token of [B, T, H], by their counts [B] int64."""
     if rows.shape[1] == 1:
         return rows
-    index = (batch.counts - 1)[:, None, None].expand(-1, 1, rows.shape[2])
-    return rows.gather(1, index)
+    return rows.gather(1, (counts - 1)[:, None, None].expand(-1, 1, rows.shape[2]))

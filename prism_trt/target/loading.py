@@ -40,8 +40,10 @@ class Target:
         return sha256_json([self.config.model_dump(mode="json"), self.tokenizer.fingerprint])
 
 
-def load_target(path: Path, dtype: torch.dtype = torch.float32) -> Target:
+def load_target(path: Path, dtype: torch.dtype | None = torch.float32) -> Target:
     """Load a Hugging Face directory or a GGUF file; weights of type `dtype` on the CPU, without gradients.
+
+    None keeps the types that are stored: the weights of a directory are then mapped files, read when they are used.
 
     Raises:
         PrismError: the path does not exist, the model is not of the LLaMA family, or a file is missing or damaged.
@@ -76,7 +78,7 @@ def save_hf(target: Target, directory: Path) -> None:
     save_file(state, directory / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
-def _load_directory(path: Path, dtype: torch.dtype) -> Target:
+def _load_directory(path: Path, dtype: torch.dtype | None) -> Target:
     config_file = path / CONFIG_FILE
     if not config_file.is_file():
         raise PrismError(f"{path} has no {CONFIG_FILE}: pass a Hugging Face model directory or a GGUF file")
@@ -113,7 +115,9 @@ def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
             raise PrismError(f"{file} is truncated or damaged ({error}): download the model again") from None
 
 
-def _fill(config: TargetConfig, tensors: Iterator[tuple[str, Tensor]], path: Path, dtype: torch.dtype) -> LlamaModel:
+def _fill(
+    config: TargetConfig, tensors: Iterator[tuple[str, Tensor]], path: Path, dtype: torch.dtype | None
+) -> LlamaModel:
     """A model with every parameter taken from `tensors`, names and shapes checked."""
     with torch.device("meta"):
         expected = {name: tensor.shape for name, tensor in LlamaModel(config).state_dict().items()}
@@ -127,13 +131,13 @@ def _fill(config: TargetConfig, tensors: Iterator[tuple[str, Tensor]], path: Pat
             raise PrismError(
                 f"{path}: {name} has shape {list(tensor.shape)}, but the config says {list(expected[name])}"
             )
-        state[name] = tensor.to(dtype)
+        state[name] = tensor if dtype is None else tensor.to(dtype)
     if missing := expected.keys() - state.keys():
         raise PrismError(f"{path} lacks the tensor {min(missing)}: download the model again")
     return LlamaModel.from_state(config, state)
 
 
-def _load_gguf(path: Path, dtype: torch.dtype) -> Target:
+def _load_gguf(path: Path, dtype: torch.dtype | None) -> Target:
     with path.open("rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":

@@ -111,6 +111,11 @@ class KVPool:
         for pool in (self.keys, self.values):
             pool[:, slot, :, start : start + len(source)] = pool[:, slot, :, source]
 
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` entries of slot `source` to slot `target`, in every layer."""
+        for pool in (self.keys, self.values):
+            pool[:, target, :, :length] = pool[:, source, :, :length]
+
 
 @dataclass(frozen=True)
 class PoolAccess:
@@ -302,15 +307,20 @@ class LlamaModel(nn.Module):
             PrismError: a token lies outside the pool's capacity.
             ValueError: two rows share a slot, or a slot is not in the pool.
         """
-        access = PoolAccess.of(batch, pool)
-        cosine, sine = self._angles(batch.positions)
+        return self.forward_resolved(batch.tokens, batch.positions, PoolAccess.of(batch, pool), pool, feature_layers)
+
+    def forward_resolved(
+        self, tokens: Tensor, positions: Tensor, access: PoolAccess, pool: KVPool, feature_layers: Sequence[int] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """`forward` of tokens [B, T] at positions [B, T] whose access to the pool is resolved already."""
+        cosine, sine = self._angles(positions)
 
         def attention(number: int, layer: DecoderLayer, x: Tensor) -> Tensor:
             q, k, v = layer.self_attn.qkv(layer.input_layernorm(x), cosine, sine)
             keys, values = access.update(pool, number, k, v)
             return attend(q, keys, values, access.mask)
 
-        return self._run(batch.tokens, attention, feature_layers)
+        return self._run(tokens, attention, feature_layers)
 
     def forward_sequence(self, tokens: Tensor, feature_layers: Sequence[int] = ()) -> Tensor:
         """Features [B, T, F] of whole sequences [B, T], causal, without a pool; padding belongs at the end."""

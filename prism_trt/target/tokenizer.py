@@ -16,6 +16,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from prism_trt.config import StrictModel, parse_json_file
 from prism_trt.errors import PrismError
 from prism_trt.manifest import sha256_json
+from prism_trt.target.token_bytes import TokenBytes
 
 TOKENIZER_FILE, SETTINGS_FILE = "tokenizer.json", "prism_tokenizer.json"
 
@@ -39,6 +40,7 @@ class Tokenizer:
         self._fast = fast
         self.settings = settings
         self._template: jinja2.Template | None = None
+        self._bytes: TokenBytes | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -62,6 +64,12 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`; bytes that are not valid UTF-8 become U+FFFD."""
         return self._fast.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self, token: int) -> bytes:
+        """What one token id stands for; not always whole characters."""
+        if self._bytes is None:
+            self._bytes = TokenBytes(self._fast)
+        return self._bytes(token)
 
     def render_chat(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The chat template's text of `messages` (``role`` and ``content`` each).

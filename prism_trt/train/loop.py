@@ -327,7 +327,7 @@ def _split(cache: Sequences, config: TrainConfig) -> tuple[np.ndarray, np.ndarra
     usable = np.flatnonzero(cache.roots > 0)
     candidates = usable[cache.greedy[usable]]
     held_back = np.sort(np.random.default_rng(config.seed).permutation(candidates)[: config.hold_back])
-    training = np.setdiff1d(usable, held_back)
+    training = np.setdiff1d(usable, held_back)[: config.max_answers or None]
     if not len(training):
         raise PrismError(
             f"the feature cache {cache.directory} has {len(usable)} usable answers and {len(held_back)} are held back, "
@@ -379,6 +379,8 @@ def _new_drafter(target: Target, config: TrainConfig, vocab: Tensor | None) -> D
         step_map=(0,),
         features="none" if is_lm else config.features,
         feature_layers=multi_layers(shape.num_layers) if multi else (),
+        # Residual streams differ in size from layer to layer, and have a few enormous entries at the first token.
+        normalize_features=multi,
         kv_mode=config.kv_mode,
         draft_vocab_size=None if vocab is None else len(vocab),
         target_fingerprint=target.fingerprint,

@@ -101,7 +101,7 @@ def run_training(
         _say(describe_run(target, plan, options.answers, data, training, world))
         return
     if plan is not None:
-        _generate(plan, paths, options)
+        _generate(plan, paths, options, world.device)
     world.barrier()
     if out is None:
         return
@@ -163,13 +163,13 @@ def _plan(
     return plan_generation(ids, settings, target, kept if set(layers) <= set(kept) else layers)
 
 
-def _generate(plan: GenerationPlan, paths: RunPaths, options: RunOptions) -> None:
+def _generate(plan: GenerationPlan, paths: RunPaths, options: RunOptions, device: torch.device) -> None:
     threads = torch.get_num_threads()
 
     def open_engine() -> Engine:
         context = max(map(len, plan.prompts)) + plan.settings.max_new_tokens
         limits = EngineLimits(options.slots, context, max(_TOKENS_PER_CALL, options.slots))
-        engine = make_engine(plan.target, None, limits, threads, plan.feature_layers)
+        engine = make_engine(plan.target, None, limits, threads, plan.feature_layers, device)
         if not isinstance(engine, TorchEngine):
             # A compiled engine has threads of its own; torch's would wait for the same processors.
             torch.set_num_threads(1)

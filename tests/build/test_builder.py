@@ -32,7 +32,7 @@ def built(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -
     out = tmp_path_factory.mktemp("built") / "engine"
     manifest = build_engine(target=models[0], drafter=models[1], out=out, context=128)
     assert isinstance(manifest, EngineManifest) and manifest.runtime == "cpp"
-    assert manifest.latency_ms is not None and manifest.latency_ms.forward[1] > 0
+    assert manifest.latency_ms is not None and manifest.latency_ms.forward[1][1] > 0
     return out
 
 

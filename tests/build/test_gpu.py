@@ -10,6 +10,9 @@ import pytest
 from prism_trt.build import build_engine
 from prism_trt.build.builder import finish_bundle
 from prism_trt.build.bundle import BundleManifest
+from prism_trt.build.gpu import gpu_limits
+from prism_trt.build.plan import BuildPlan
+from prism_trt.build.profile import GpuProfile, load_profile
 from prism_trt.convert.walker import make_walker_engine
 from prism_trt.drafter.checkpoint import load_drafter, save_drafter, weights_sha256
 from prism_trt.engines.loading import DRAFTER_DIRECTORY, TARGET_DIRECTORY, load_engine
@@ -60,6 +63,15 @@ def test_refusals_leave_nothing_behind(models: tuple[Path, Path], tmp_path: Path
         with pytest.raises(PrismError, match=message):
             build_engine(target=models[0], drafter=models[1], out=tmp_path / "engine", context=96, **arguments)  # type: ignore[arg-type]
         assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_no_setting_makes_fit_are_refused(models: tuple[Path, Path], tmp_path: Path) -> None:
+    settings = load_profile("rtx4090")
+    assert isinstance(settings, GpuProfile)
+    target = load_target(models[0])
+    plan = BuildPlan(tmp_path, target, load_drafter(models[1], target), settings.default_tree, 96, 1, None)
+    with pytest.raises(PrismError, match=r"the weights need .* room for .*: use a GPU with more memory or --fp8 or"):
+        gpu_limits(plan, settings.model_copy(update={"memory_gib": 1e-3}))
 
 
 def test_a_bundle_for_a_gpu_whose_compiler_needs_it(models: tuple[Path, Path], tmp_path: Path) -> None:

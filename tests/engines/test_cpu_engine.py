@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -190,6 +192,25 @@ def test_same_bits_for_any_thread_count() -> None:
         assert_same_bits(results[0], results[-1])
 
 
+def test_copied_prefixes_are_the_originals(engine: CpuEngine) -> None:
+    first, shared = random_tokens(40, 11, engine.vocab_size), 21
+    other = first[:shared] + random_tokens(9, 12, engine.vocab_size)
+    features = {
+        slot: engine.forward(row_batch(tokens, slot=slot)).features for slot, tokens in ((0, first), (1, other))
+    }
+    for slot, tokens in ((0, first), (1, other)):
+        engine.extend(row_batch(tokens[1:], slot=slot), features[slot][:, :-1])
+    engine.forward(row_batch(random_tokens(30, 13, engine.vocab_size), slot=2))
+    engine.copy_prefix(0, 2, shared)
+    continued = engine.forward(row_batch(other[shared:], shared, slot=2))
+    assert torch.equal(continued.features, features[1][:, shared:])
+    drafted = engine.extend(row_batch(other[shared:], shared - 1, slot=2), features[1][:, shared - 1 : -1])
+    fresh = engine.extend(row_batch(other[shared:], shared - 1, slot=1), features[1][:, shared - 1 : -1])
+    assert torch.equal(drafted.logits, fresh.logits)
+    with pytest.raises(PrismError, match="slot"):
+        engine.copy_prefix(0, LIMITS.slots, shared)
+
+
 class _Stepwise:
     """An engine's separate draft steps only, so that `grow_tree` runs its own loop."""
 
@@ -220,7 +241,7 @@ def test_fused_round_equals_the_generic_loop(engine: CpuEngine, tree: str) -> No
     torch.testing.assert_close(actual.log_probs, expected.log_probs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("tree", ["2/1/1", "6/1/5", "16/4/6"])
+@pytest.mark.parametrize("tree", ["2/1/1", "6/1/5", "16/4/6", "16/4/6@0.3", "8/2/5@0.5"])
 def test_fused_greedy_round_equals_its_parts(engine: CpuEngine, tree: str) -> None:
     """`speculate` in slots 0 and 1 against draft_round, forward, verify_greedy and commit in slots 2 and 3."""
     shape = TreeShape.parse(tree)
@@ -245,7 +266,12 @@ def test_fused_greedy_round_equals_its_parts(engine: CpuEngine, tree: str) -> No
                 TokenBatch(grown.tokens, grown.depths + counts[:, None], slots, counts, full, grown.mask)
             )
             assert verified.greedy is not None
-            verdict = verify_greedy(grown, verified.greedy)
+            likely = grown.log_probs >= math.log(shape.min_probability or 1e-30)
+            if shape.min_probability:
+                assert not likely.all(), grown.log_probs.exp()
+            assert output.drafted.tolist() == (likely.sum(1) - 1).tolist()
+            # What is cut must not be accepted: no draft equals the token -1.
+            verdict = verify_greedy(replace(grown, tokens=grown.tokens.masked_fill(~likely, -1)), verified.greedy)
             engine.commit(slots, counts, verdict.path, verdict.counts)
             sizes = verdict.counts
             paths = [verdict.path[b, : sizes[b]] for b in range(2)]

@@ -38,6 +38,15 @@ def test_round_trip_keeps_weights_and_fingerprint(options: dict[str, Any], tmp_p
         assert torch.equal(loaded.model.state_dict()[name], tensor)
 
 
+def test_weights_can_keep_their_stored_types(tmp_path: Path) -> None:
+    target = tiny_target()
+    target.model.bfloat16().model.norm.float()
+    save_hf(target, tmp_path / "model")
+    state = load_target(tmp_path / "model", None).model.state_dict()
+    for name, tensor in target.model.state_dict().items():
+        assert state[name].dtype == tensor.dtype and torch.equal(state[name], tensor)
+
+
 def test_transformers_reads_what_save_hf_writes(saved: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from prism_trt.data.feature_cache import FeatureCache
+from prism_trt.data.sequences import FeatureSequence
 from prism_trt.drafter.checkpoint import load_drafter, save_drafter, weights_sha256
 from prism_trt.drafter.model import Drafter
 from prism_trt.errors import PrismError
@@ -145,6 +146,22 @@ def test_an_initial_drafter_is_where_training_starts(trained_on: Path, tmp_path:
     assert all(same_weights(module, init.modules_[0]) for module in untouched.drafter.modules_)  # type: ignore[arg-type]
     with pytest.raises(PrismError, match="single module"):
         run(trained_on, tmp_path / "other", init=tiny_drafter(target, modules=2))
+
+
+def test_only_the_first_answers_are_trained_on_when_asked(trained_on: Path, tmp_path: Path) -> None:
+    cache = FeatureCache(trained_on / "cache", tiny_target())
+    read: set[int] = set()
+    whole = cache.sequence
+
+    def sequence(index: int) -> FeatureSequence:
+        read.add(index)
+        return whole(index)
+
+    cache.sequence = sequence  # type: ignore[method-assign]
+    updates = {"one_step_updates": 12, "alignment_updates": 0, "tuning_updates": 0, "simulate_every": 1000}
+    trainer = Trainer(tiny_target(), cache, small_training(max_answers=4, hold_back=0, **updates), tmp_path)
+    trainer.run([Recorder()])
+    assert read == set(np.flatnonzero(cache.roots > 0)[:4].tolist())
 
 
 def test_nothing_left_to_train_on_is_refused(trained_on: Path, tmp_path: Path) -> None:

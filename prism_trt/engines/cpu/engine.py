@@ -87,6 +87,10 @@ class CpuEngine:
         pointers = (slots.data_ptr(), lengths.data_ptr(), accepted.data_ptr(), counts.data_ptr())
         self._library.call("prism_commit", accepted.shape[0], *pointers, accepted.shape[1])
 
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        """See `prism_trt.engines.protocol.PrefixCopyEngine.copy_prefix`."""
+        self._library.call("prism_copy_prefix", source, target, length)
+
     def extend(self, batch: TokenBatch, features: Tensor) -> DraftOutput:
         """See `prism_trt.engines.protocol.Engine.extend`."""
         return self._draft(0, batch, features, last_only=True)
@@ -121,26 +125,30 @@ class CpuEngine:
         tokens, parents, depths = torch.empty(3, rows, shape.size, dtype=torch.int64)
         mask = torch.empty(rows, shape.size, shape.size, dtype=torch.bool)
         log_probs = torch.empty(rows, shape.size)
-        self._round("prism_draft_round", batch, features, shape, tokens, parents, depths, mask, log_probs)
+        numbers = (shape.depth, shape.width, shape.size)
+        self._round("prism_draft_round", batch, features, numbers, tokens, parents, depths, mask, log_probs)
         return Tree(tokens, parents, depths, mask, log_probs)
 
     def speculate(self, batch: TokenBatch, features: Tensor, shape: TreeShape) -> RoundOutput:
         """See `prism_trt.engines.protocol.FusedRoundEngine.speculate`."""
         rows = batch.tokens.shape[0]
         tokens = torch.zeros(rows, shape.depth + 1, dtype=torch.int64)
-        counts = torch.empty(rows, dtype=torch.int64)
+        counts, drafted = torch.empty(2, rows, dtype=torch.int64)
         committed = torch.empty(rows, shape.depth + 1, self.feature_size, dtype=torch.bfloat16)
-        self._round("prism_speculate", batch, features, shape, tokens, counts, committed)
-        return RoundOutput(tokens, counts, committed)
+        numbers = (shape.depth, shape.width, shape.size, shape.min_probability)
+        self._round("prism_speculate", batch, features, numbers, tokens, counts, drafted, committed)
+        return RoundOutput(tokens, counts, drafted, committed)
 
-    def _round(self, name: str, batch: TokenBatch, features: Tensor, shape: TreeShape, *outputs: Tensor) -> None:
+    def _round(
+        self, name: str, batch: TokenBatch, features: Tensor, shape: tuple[float, ...], *outputs: Tensor
+    ) -> None:
         call = _BatchArguments(batch)
         rows, slots, lengths, counts, stride, _, _, tokens, positions = call.arguments
         features = features.to(torch.bfloat16).contiguous()
         self._library.call(
             name,
             *(rows, slots, lengths, counts, stride, tokens, positions, features.data_ptr()),
-            *(shape.depth, shape.width, shape.size),
+            *shape,
             *(output.data_ptr() for output in outputs),
         )
 

@@ -72,6 +72,7 @@ def dims(target: TargetConfig, drafter: DrafterConfig | None, limits: EngineLimi
         sizes.draft_is_lm = int(drafter.kind == "standard")
         sizes.draft_bias = int(drafter.fc_bias and drafter.kind != "standard")
         sizes.draft_fusion = int(drafter.features == "multi")
+        sizes.draft_feature_norm = int(drafter.normalize_features)
         sizes.draft_rms_eps = drafter.rms_norm_eps
     return sizes
 

@@ -88,7 +88,7 @@ class Dims(Structure):
         *((name, c_int32) for name in ("vocab", "hidden", "intermediate", "layers", "heads", "kv_heads", "head_dim")),
         *((name, c_int32) for name in ("qkv_bias", "modules", "draft_hidden", "draft_layers", "draft_vocab")),
         *((name, c_int32) for name in ("draft_intermediate", "draft_heads", "draft_kv_heads", "draft_head_dim")),
-        *((name, c_int32) for name in ("draft_bias", "draft_fusion", "draft_is_lm")),
+        *((name, c_int32) for name in ("draft_bias", "draft_fusion", "draft_feature_norm", "draft_is_lm")),
         *((name, c_int32) for name in ("context", "slots", "tokens", "threads")),
         ("rms_eps", c_float),
         ("draft_rms_eps", c_float),
@@ -166,8 +166,9 @@ class Library:
             c_int,
             c_int,
         )
+        lib.prism_copy_prefix.argtypes = [c_void_p, c_int, c_int, c_int]
         lib.prism_draft_round.argtypes = [*draft, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p]
-        lib.prism_speculate.argtypes = [*draft, c_void_p, c_void_p, c_void_p]
+        lib.prism_speculate.argtypes = [*draft, c_float, c_void_p, c_void_p, c_void_p, c_void_p]
 
     def _message(self) -> str:
         return self._lib.prism_error().decode()
@@ -177,8 +178,8 @@ class Library:
         """Name of the instruction set the library was compiled for."""
         return self._lib.prism_isa().decode()
 
-    def call(self, name: str, *arguments: int | None) -> None:
-        """Call a C function of the engine with integers and data pointers.
+    def call(self, name: str, *arguments: float | None) -> None:
+        """Call a C function of the engine with numbers and data pointers.
 
         Raises:
             PrismError: the engine refused the call (a limit was exceeded).

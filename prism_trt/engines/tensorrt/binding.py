@@ -3,6 +3,7 @@
 A network sees the pool rows of consecutive slots, so a call covers every slot from the first to the last one that its
 batch names; the slots between them that are not in the batch are idle rows. An idle row writes its K/V at entry
 ``context``, where the pool has room that belongs to nobody; so do the padding tokens of a row at its context's end.
+Networks with plugins see the whole pool and the slots of their rows, and have no idle rows.
 
 Shape legend: as in `prism_trt.engines.tensorrt.names`; b rows of the batch, B >= b rows of the call, N slots.
 """
@@ -16,7 +17,17 @@ import torch
 from torch import Tensor
 
 from prism_trt.engines.protocol import EngineLimits, TokenBatch
-from prism_trt.engines.tensorrt.names import MASK, MASKED, POSITIONS, TOKENS, WRITE_INDEX, cache_names
+from prism_trt.engines.tensorrt.names import (
+    LENGTHS,
+    MASK,
+    MASKED,
+    POSITIONS,
+    SLOTS,
+    TOKENS,
+    TREE,
+    WRITE_INDEX,
+    cache_names,
+)
 from prism_trt.errors import PrismError
 from prism_trt.target.model import KVPool
 
@@ -55,16 +66,14 @@ class Call:
     """[b, T]: the rows of the call."""
     indices: Tensor
     """[b] int64: the rows of the original batch."""
+    places: Tensor
+    """[b] int64: the call's rows that are not idle."""
     first_slot: int
+    """Of the consecutive slots covered."""
     rows: int
-    """B: slots covered."""
+    """B."""
     live: int
     """L: entries that any query may read, of any row."""
-
-    @property
-    def places(self) -> Tensor:
-        """[b] int64: the call's rows that are not idle."""
-        return self.batch.slots - self.first_slot
 
     def spread(self, values: Tensor, idle: int = 0) -> Tensor:
         """[B, ...] of values [b, ...] of the batch's rows; idle rows get the number `idle`."""
@@ -75,8 +84,10 @@ class Call:
         return spread
 
 
-def calls_of(batch: TokenBatch, limits: NetworkLimits) -> Iterator[Call]:
+def calls_of(batch: TokenBatch, limits: NetworkLimits, idle_rows: bool = True) -> Iterator[Call]:
     """Cut a batch into network calls: one for all rows when they are short enough, otherwise one per row.
+
+    With `idle_rows`, a call's rows are consecutive slots; without, they are the batch's.
 
     Raises:
         PrismError: a call exceeds the limits.
@@ -102,11 +113,15 @@ def calls_of(batch: TokenBatch, limits: NetworkLimits) -> Iterator[Call]:
         )
     everything = torch.arange(rows, device=batch.tokens.device)
     if tokens <= limits.shared_tokens:
-        yield Call(batch, everything, min(slots), max(slots) - min(slots) + 1, max(ends))
+        if idle_rows:
+            first = min(slots)
+            yield Call(batch, everything, batch.slots - first, first, max(slots) - first + 1, max(ends))
+        else:
+            yield Call(batch, everything, everything, 0, rows, max(ends))
         return
     for row in range(rows):
         alone = slice(row, row + 1)
-        yield Call(_row(batch, row, counts[row]), everything[alone], slots[row], 1, ends[row])
+        yield Call(_row(batch, row, counts[row]), everything[alone], everything[:1], slots[row], 1, ends[row])
 
 
 def _row(batch: TokenBatch, row: int, count: int) -> TokenBatch:
@@ -142,6 +157,20 @@ def pool_inputs(call: Call, pool: KVPool) -> dict[str, Tensor]:
         keys, values = cache_names(layer)
         views[keys.before], views[values.before] = pool.keys[layer, span], pool.values[layer, span]
     return views
+
+
+def slot_inputs(call: Call, pool: KVPool) -> dict[str, Tensor]:
+    """Tokens, positions, slots, lengths and mask of a call without idle rows, and the whole pool."""
+    batch, mask = call.batch, call.batch.mask
+    rows, tokens = batch.tokens.shape
+    if mask is None:
+        mask = torch.ones(tokens, tokens, dtype=torch.bool, device=batch.tokens.device).tril().expand(rows, -1, -1)
+    numbers = {TOKENS: batch.tokens, POSITIONS: batch.positions, SLOTS: batch.slots, LENGTHS: batch.lengths}
+    inputs = {name: value.to(torch.int32) for name, value in numbers.items()} | {TREE: mask}
+    for layer in range(len(pool.keys)):
+        keys, values = cache_names(layer)
+        inputs[keys.before], inputs[values.before] = pool.keys[layer], pool.values[layer]
+    return inputs
 
 
 def _additive_mask(call: Call, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,14 @@ from torch import Tensor
 
 from prism_trt.config import DrafterConfig, TreeShape
 from prism_trt.engines.protocol import DraftOutput, LogitsFor, TargetOutput, TokenBatch, Tree
-from prism_trt.engines.tensorrt.binding import Call, NetworkLimits, calls_of, common_inputs, pool_inputs
+from prism_trt.engines.tensorrt.binding import (
+    Call,
+    NetworkLimits,
+    calls_of,
+    common_inputs,
+    pool_inputs,
+    slot_inputs,
+)
 from prism_trt.engines.tensorrt.names import (
     FEATURES,
     GREEDY,
@@ -52,8 +59,12 @@ class NetworkEngine:
         step: Executable | None,
         device: torch.device,
         dtype: torch.dtype,
+        plugins: bool = False,
     ) -> None:
-        """Allocate the pools for networks that were emitted for `config`, `drafter` and `limits.capacity`."""
+        """Allocate the pools for networks that were emitted for `config`, `drafter` and `limits.capacity`.
+
+        `plugins` says that the step network is of the form with plugins.
+        """
         self.device = device
         self.limits = limits.engine
         self.vocab_size = config.vocab_size
@@ -66,6 +77,7 @@ class NetworkEngine:
         self._target = target
         self._pool = _allocate(config.num_layers, config.num_kv_heads, config.head_dim, limits, dtype, device)
         self._step = step
+        self._plugins = plugins
         if drafter is not None:
             self.hidden_size = drafter.hidden_size
             self._reads_hidden = drafter.features != "none"
@@ -95,6 +107,12 @@ class NetworkEngine:
         for slot, length, path, count in zip(slots.tolist(), lengths.tolist(), accepted, counts.tolist(), strict=True):
             self._pool.move(slot, length + path[:count], length)
 
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        """See `prism_trt.engines.protocol.PrefixCopyEngine.copy_prefix`."""
+        self._pool.copy(source, target, length)
+        if self._step is not None:
+            self._draft_pool.copy(source, target, length)
+
     def extend(self, batch: TokenBatch, features: Tensor) -> DraftOutput:
         """See `prism_trt.engines.protocol.Engine.extend`; raises as `forward` does."""
         return self._draft(0, batch, features, all_tokens=False)
@@ -107,22 +125,25 @@ class NetworkEngine:
         if self._step is None:
             raise ValueError("this engine has no drafter")
         outputs = []
-        for call in calls_of(batch, self._network_limits):
-            inputs = self._draft_inputs(call, hidden) | {PICKED: _picked(call, all_tokens)}
+        for call in calls_of(batch, self._network_limits, idle_rows=not self._plugins):
+            if self._plugins:
+                inputs = slot_inputs(call, self._draft_pool)
+            else:
+                inputs = self._inputs(call, self._draft_pool)
+            inputs |= self._hidden(call, hidden) | {PICKED: _picked(call, all_tokens)}
             if self._many_modules:
-                inputs[STEP] = torch.tensor([k], dtype=torch.int32, device=self.device)
+                shape = call.batch.tokens.shape if self._plugins else (1,)
+                inputs[STEP] = torch.full(shape, k, dtype=torch.int32, device=self.device)
             outputs.append((call, self._step.run(inputs)))
         return DraftOutput(_joined(batch, outputs, LOGITS), _joined(batch, outputs, NEXT_HIDDEN))
 
     def _inputs(self, call: Call, pool: KVPool) -> dict[str, Tensor]:
         return common_inputs(call, self._network_limits, self._dtype) | pool_inputs(call, pool)
 
-    def _draft_inputs(self, call: Call, hidden: Tensor) -> dict[str, Tensor]:
-        inputs = self._inputs(call, self._draft_pool)
-        if self._reads_hidden:
-            own = hidden[call.indices, : call.batch.tokens.shape[1]].to(self._dtype)
-            inputs[HIDDEN] = call.spread(own)
-        return inputs
+    def _hidden(self, call: Call, hidden: Tensor) -> dict[str, Tensor]:
+        if not self._reads_hidden:
+            return {}
+        return {HIDDEN: call.spread(hidden[call.indices, : call.batch.tokens.shape[1]].to(self._dtype))}
 
 
 class FusedNetworkEngine(NetworkEngine):
@@ -140,9 +161,10 @@ class FusedNetworkEngine(NetworkEngine):
         shape: TreeShape,
         device: torch.device,
         dtype: torch.dtype,
+        plugins: bool = False,
     ) -> None:
         """As `NetworkEngine`, with the round network that was emitted for `shape`, which becomes the default tree."""
-        super().__init__(config, drafter, draft_vocab, limits, target, step, device, dtype)
+        super().__init__(config, drafter, draft_vocab, limits, target, step, device, dtype, plugins)
         self._round = draft_round
         self.default_tree = shape
 
@@ -152,7 +174,8 @@ class FusedNetworkEngine(NetworkEngine):
             return grow_tree_stepwise(self, batch, features, shape)
         outputs = []
         for call in calls_of(batch, self._network_limits):
-            inputs = self._draft_inputs(call, features) | {PICKED: _picked(call, all_tokens=False)}
+            inputs = self._inputs(call, self._draft_pool) | self._hidden(call, features)
+            inputs[PICKED] = _picked(call, all_tokens=False)
             outputs.append((call, self._round.run(inputs)))
         return Tree(
             tokens=_joined(batch, outputs, TREE_TOKENS).long(),

@@ -1,8 +1,9 @@
 """Names of the networks' inputs and outputs: what emission and binding must agree on.
 
 Shape legend: B rows, T tokens per row, R rows of a call whose logits are wanted, L live K/V entries (those that any
-query may read), C capacity of the pool, g key/value heads, d head width, H hidden width, V target vocabulary, D draft
-vocabulary, N tree nodes. Floating-point tensors have the network's own type, except where float32 is said.
+query may read), W in-flight entries, S slots and C capacity of the pool, g key/value heads, d head width, H hidden
+width, V target vocabulary, D draft vocabulary, N tree nodes. Floating-point tensors have the network's own type, except
+where float32 is said.
 """
 
 from __future__ import annotations
@@ -23,7 +24,13 @@ HIDDEN = "hidden"
 """Input of the drafter's networks [B, T, H]: features at step 0, later the drafter's own hidden states. A `standard`
 drafter reads none."""
 STEP = "step"
-"""Input [1] int32 of the step network, when the drafter has several modules: the draft step."""
+"""Input int32 of the step network, when the drafter has several modules: the draft step, [1]; with plugins [B, T], that
+of each token."""
+SLOTS, LENGTHS = "slots", "lengths"
+"""Inputs [B] int32 of the step network with plugins, in place of `WRITE_INDEX`: `TokenBatch.slots` and `.lengths`. Its
+pool inputs are the whole pool [S, g, C, d]."""
+TREE = "tree"
+"""Input [B, T, W] bool of the step network with plugins, in place of `MASK`: `TokenBatch.mask`."""
 
 FEATURES = "features"
 """Output [B, T, H]: what step 0 is fed, for `multi` already fused."""
@@ -40,8 +47,8 @@ TREE_MASK = "tree_mask"
 TREE_LOG_PROBS = "tree_log_probs"
 """Output of the round network [B, N] float32."""
 
-ROWS, CALL_TOKENS, PICKED_TOKENS, LIVE = "rows", "tokens", "picked", "live"
-"""The dynamic dimensions B, T, R and L."""
+ROWS, CALL_TOKENS, PICKED_TOKENS, LIVE, IN_FLIGHT = "rows", "tokens", "picked", "live", "in_flight"
+"""The dynamic dimensions B, T, R, L and W."""
 
 MASKED = -30000.0
 """Finite in float16, so that rows that may read nothing stay finite; exp of it is 0 in every type."""

@@ -1,45 +1,81 @@
 """Compiled networks on a GPU. Nothing else of the project calls TensorRT at run time.
 
 No GPU was at hand when this was written: see docs/verification.md. What feeds and reads the networks
-(`prism_trt.engines.tensorrt.engine` and `.binding`) is tested over the CPU walker.
+(`prism_trt.engines.tensorrt.engine`, `.binding`, `.recorded`) is tested over the CPU walker.
 """
 
 from __future__ import annotations
 
 import importlib
+import mmap
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from prism_trt.engines.manifest import EngineManifest
+from prism_trt.engines.recordings import CudaGraphs
 from prism_trt.engines.tensorrt.engine import FusedNetworkEngine, NetworkEngine
-from prism_trt.engines.tensorrt.files import BINDINGS, DRAFT_VOCAB, ROUND, STEP, TARGET, plan_file
+from prism_trt.engines.tensorrt.files import BINDINGS, DRAFT_VOCAB, ROUND, STEP, TARGET, before_update, plan_file
+from prism_trt.engines.tensorrt.recorded import RecordedNetwork
 from prism_trt.errors import PrismError
 
+if TYPE_CHECKING:
+    from tensorrt_rtx_bindings import tensorrt_rtx as api
 
-class CompiledNetwork:
-    """A plan in TensorRT, bound to torch tensors of one CUDA device."""
 
-    def __init__(self, trt: Any, runtime: Any, plan: Path, device: torch.device) -> None:
+class CompiledPlan:
+    """A plan in TensorRT on one CUDA device, and memory that its networks share, because they run one after another."""
+
+    def __init__(self, trt: Any, runtime: api.Runtime, plan: Path, device: torch.device) -> None:
         """Deserialize `plan`.
 
         Raises:
             PrismError: TensorRT refuses it, because it is damaged or was built for another GPU or version.
         """
-        self._engine = runtime.deserialize_cuda_engine(plan.read_bytes())
-        if self._engine is None:
+        with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            self.engine: api.ICudaEngine | None = runtime.deserialize_cuda_engine(content)
+        if self.engine is None:
             raise PrismError(
                 f"TensorRT cannot load {plan}: build the engine again for this GPU and version of TensorRT"
             )
-        self._context = self._engine.create_execution_context()
-        self._device = device
-        names = [self._engine.get_tensor_name(number) for number in range(self._engine.num_io_tensors)]
-        is_input = {name: self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT for name in names}
-        self._outputs = [name for name in names if not is_input[name]]
-        self._types = {name: _torch_type(trt, self._engine.get_tensor_dtype(name)) for name in names}
+        self.trt = trt
+        self.device = device
+        self._scratch = torch.empty(self.engine.device_memory_size_v2, dtype=torch.uint8, device=device)
+
+    def network(self, for_recording: bool = False) -> CompiledNetwork:
+        """A network with a context of its own: a captured graph must be the only user of the context it came from.
+
+        Args:
+            for_recording: compile the kernels for the first call's sizes before it runs, not beside later ones;
+                TensorRT-RTX has such kernels.
+        """
+        assert self.engine is not None
+        config = self.engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(self.trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if for_recording and hasattr(self.trt, "DynamicShapesKernelSpecializationStrategy"):
+            strategy = self.trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            config.dynamic_shapes_kernel_specialization_strategy = strategy
+        context = self.engine.create_execution_context(config)
+        context.set_device_memory(self._scratch.data_ptr(), self._scratch.numel())
+        return CompiledNetwork(self, context)
+
+
+class CompiledNetwork:
+    """A context of a plan, bound to torch tensors."""
+
+    def __init__(self, plan: CompiledPlan, context: api.IExecutionContext) -> None:
+        """Read names and types of inputs and outputs; `plan` is kept, as it owns what `context` uses."""
+        engine, trt = plan.engine, plan.trt
+        assert engine is not None
+        names = [engine.get_tensor_name(number) for number in range(engine.num_io_tensors)]
+        self._plan = plan
+        self._context = context
+        self._outputs = [name for name in names if engine.get_tensor_mode(name) != trt.TensorIOMode.INPUT]
+        self._types = {name: torch_type(trt, engine.get_tensor_dtype(name)) for name in names}
 
     def run(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """See `prism_trt.engines.tensorrt.engine.Executable.run`; asynchronous on the current stream."""
@@ -49,14 +85,13 @@ class CompiledNetwork:
             self._context.set_tensor_address(name, tensor.data_ptr())
         outputs = {}
         for name in self._outputs:
-            before = name.removesuffix(".updated")
-            if before != name:  # K/V is updated in place: one memory for both tensors
-                self._context.set_tensor_address(name, bound[before].data_ptr())
+            if before_update(name) in bound:  # K/V is updated in place: one memory for both tensors
+                self._context.set_tensor_address(name, bound[before_update(name)].data_ptr())
                 continue
-            shape = tuple(self._context.get_tensor_shape(name))
-            outputs[name] = torch.empty(shape, dtype=self._types[name], device=self._device)
+            shape: Any = self._context.get_tensor_shape(name)  # can be iterated, which its type does not say
+            outputs[name] = torch.empty(tuple(shape), dtype=self._types[name], device=self._plan.device)
             self._context.set_tensor_address(name, outputs[name].data_ptr())
-        if not self._context.execute_async_v3(torch.cuda.current_stream(self._device).cuda_stream):
+        if not self._context.execute_async_v3(torch.cuda.current_stream(self._plan.device).cuda_stream):
             raise PrismError("TensorRT could not run the network: its log above says why")
         return outputs
 
@@ -86,8 +121,11 @@ def open_engine(path: Path, manifest: EngineManifest) -> NetworkEngine:
     device, dtype = torch.device("cuda", torch.cuda.current_device()), getattr(torch, manifest.dtype)
     runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
 
-    def network(name: str) -> CompiledNetwork:
-        return CompiledNetwork(trt, runtime, path / plan_file(name), device)
+    record = CudaGraphs()
+
+    def network(name: str) -> RecordedNetwork:
+        plan = CompiledPlan(trt, runtime, path / plan_file(name), device)
+        return RecordedNetwork(plan.network(), partial(plan.network, for_recording=True), gpu.limits, record)
 
     if manifest.drafter is None:
         return NetworkEngine(manifest.target, None, None, gpu.limits, network(TARGET), None, device, dtype)
@@ -96,10 +134,12 @@ def open_engine(path: Path, manifest: EngineManifest) -> NetworkEngine:
         draft_vocab = load_file(path / DRAFT_VOCAB)["draft_vocab"].long()
     models = (manifest.target, manifest.drafter, draft_vocab, gpu.limits)
     target, step, draft_round = network(TARGET), network(STEP), network(ROUND)
-    return FusedNetworkEngine(*models, target, step, draft_round, manifest.default_tree, device, dtype)
+    plugins = manifest.runtime == "tensorrt"
+    return FusedNetworkEngine(*models, target, step, draft_round, manifest.default_tree, device, dtype, plugins)
 
 
-def _torch_type(trt: Any, dtype: Any) -> torch.dtype:
+def torch_type(trt: Any, dtype: api.DataType) -> torch.dtype:
+    """The torch type of a network's input or output."""
     names = {
         "HALF": "float16",
         "BF16": "bfloat16",

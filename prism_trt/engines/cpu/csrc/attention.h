@@ -54,6 +54,15 @@ struct Pool {
                 std::memcpy(value(layer, slot, head, to), value(layer, slot, head, from), shape.head_dim * sizeof(bf16));
             }
     }
+    // The first `length` entries of slot `from` to slot `to`, with those that share their last key block.
+    void copy(int from, int to, int length) const {
+        const size_t bytes = size_t(length + kLanes - 1) / kLanes * kLanes * shape.head_dim * sizeof(bf16);
+        for (int layer = 0; layer < shape.layers; ++layer)
+            for (int head = 0; head < shape.kv_heads; ++head) {
+                std::memcpy(key_block(layer, to, head, 0), key_block(layer, from, head, 0), bytes);
+                std::memcpy(value(layer, to, head, 0), value(layer, from, head, 0), bytes);
+            }
+    }
 };
 
 // The tokens of one call: rows of requests, each with its slot and what its tokens may read.

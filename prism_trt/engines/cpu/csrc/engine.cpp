@@ -251,6 +251,14 @@ void Engine::commit(int rows, const int64_t* slots, const int64_t* lengths, cons
         }
 }
 
+void Engine::copy_prefix(int from, int to, int length) {
+    if (std::min(from, to) < 0 || std::max(from, to) >= dims.slots) throw std::runtime_error("a slot is outside the K/V pool");
+    if (length < 0 || length > dims.context) throw std::runtime_error("a token lies outside the context");
+    if (from == to) return;
+    pool_.copy(from, to, length);
+    if (dims.modules > 0) draft_pool_.copy(from, to, length);
+}
+
 void Engine::run_draft(Batch& batch, int step, const int64_t* tokens, const int64_t* positions, const bf16* hidden, bool last_only,
                        float* logits, bf16* hidden_out, Ranking* ranking) {
     check(batch, tokens, positions);
@@ -280,9 +288,14 @@ void Engine::run_draft(Batch& batch, int step, const int64_t* tokens, const int6
         const Share share(count, id, size);
         const uint32_t* first_qkv = module.blocks[0].qkv.first_of(id, size);
         if (fuse_features) {
-            const size_t bytes = feature_size() * sizeof(bf16);
-            for (int t = share.first; t < share.last; ++t)
-                std::memcpy(features_.data() + size_t(t) * feature_size(), hidden + size_t(batch.padded(t)) * hidden_stride, bytes);
+            for (int t = share.first; t < share.last; ++t) {
+                const bf16* from = hidden + size_t(batch.padded(t)) * hidden_stride;
+                bf16* to = features_.data() + size_t(t) * feature_size();
+                if (dims.draft_feature_norm)
+                    for (size_t i = 0; i < feature_size(); i += width) normalize(from + i, dims.draft_rms_eps, width, to + i);
+                else
+                    std::memcpy(to, from, feature_size() * sizeof(bf16));
+            }
             team_.barrier();
             project(fusion_, features_.data(), feature_size(), count, nullptr, fused_features_.data(), false, id, size,
                     module.fc.first_of(id, size));
@@ -365,7 +378,7 @@ void Engine::draft(Batch& batch, int step, const int64_t* tokens, const int64_t*
 
 // EAGLE-2 dynamic tree; the rules of prism_trt/speculative/tree.py, tie-breaking included.
 void Engine::draft_round(Batch& batch, const int64_t* tokens, const int64_t* positions, const bf16* features, int depth, int width,
-                         int size, DraftTree tree) {
+                         int size, float least, DraftTree tree) {
     struct Node {
         int parent;    // among the nodes of its row; -1 for children of the root
         int depth;
@@ -384,7 +397,6 @@ void Engine::draft_round(Batch& batch, const int64_t* tokens, const int64_t* pos
     std::vector<std::vector<Node>> nodes(rows);
     std::vector<std::vector<int>> level(rows);  // expanded nodes of the last level fed
     std::vector<int64_t> lengths(rows), counts(rows), root_position(rows);
-    std::vector<std::vector<int>> flight(rows);  // node of each in-flight entry
     const auto draft_token = [&](int index) { return draft_vocab_.empty() ? int64_t(index) : draft_vocab_[index]; };
     for (int b = 0; b < rows; ++b) {
         const int at = b * batch.stride + int(batch.counts[b]) - 1;
@@ -399,14 +411,18 @@ void Engine::draft_round(Batch& batch, const int64_t* tokens, const int64_t* pos
     for (int k = 1; k < depth; ++k) {
         const int offset = (k - 1) * width, seen = offset + width;
         mask.assign(size_t(rows) * width * seen, 0);
+        bool any = false;
         for (int b = 0; b < rows; ++b) {
             auto& n = nodes[b];
             std::vector<int> candidates;
             for (int i = int(n.size()) - 1; i >= 0 && n[i].depth == k; --i) candidates.push_back(i);
             std::reverse(candidates.begin(), candidates.end());
             std::stable_sort(candidates.begin(), candidates.end(), [&](int x, int y) { return n[x].log_prob > n[y].log_prob; });
-            candidates.resize(width);
-            for (int i = 0; i < width; ++i) {
+            size_t likely = 0;
+            while (likely < candidates.size() && likely < size_t(width) && n[candidates[likely]].log_prob >= least) ++likely;
+            candidates.resize(likely);
+            any = any || likely > 0;
+            for (size_t i = 0; i < likely; ++i) {
                 const int node = candidates[i];
                 const size_t at = size_t(b) * width + i;
                 step_tokens[at] = n[node].token;
@@ -414,18 +430,18 @@ void Engine::draft_round(Batch& batch, const int64_t* tokens, const int64_t* pos
                 const int parent = n[node].parent;
                 const size_t source = parent < 0 ? size_t(b) : size_t(b) * width + (n[parent].expanded - (k - 2) * width);
                 std::memcpy(inputs.data() + at * hidden, outputs.data() + source * hidden, hidden * sizeof(bf16));
-                n[node].expanded = offset + i;
-                flight[b].push_back(node);
+                n[node].expanded = offset + int(i);
                 for (int up = node; up >= 0; up = n[up].parent) mask[at * seen + n[up].expanded] = 1;
             }
-            counts[b] = width;
+            counts[b] = int64_t(likely);
             level[b] = std::move(candidates);
         }
+        if (!any) break;
         Batch fed{rows, batch.slots, lengths.data(), counts.data(), width, offset, mask.data(), {}, {}, {}};
         fed.flatten();
         run_draft(fed, k, step_tokens.data(), step_positions.data(), inputs.data(), false, draft_logits_.data(), outputs.data(), &ranking);
         for (int b = 0; b < rows; ++b)
-            for (int i = 0; i < width; ++i) {
+            for (size_t i = 0; i < level[b].size(); ++i) {
                 const int parent = level[b][i];
                 for (int c = 0; c < width; ++c) {
                     const size_t at = (size_t(b) * width + i) * width + c;
@@ -442,7 +458,10 @@ void Engine::draft_round(Batch& batch, const int64_t* tokens, const int64_t* pos
         std::vector<int> order(n.size());
         std::iota(order.begin(), order.end(), 0);
         std::stable_sort(order.begin(), order.end(), [&](int x, int y) { return n[x].log_prob > n[y].log_prob; });
-        order.resize(size - 1);
+        size_t likely = 0;
+        while (likely < order.size() && likely < size_t(size - 1) && n[order[likely]].log_prob >= least) ++likely;
+        order.resize(likely);
+        tree.counts[b] = 1 + int64_t(likely);
         std::sort(order.begin(), order.end());  // generation order is depth order
         std::vector<int> place_of(n.size(), -1);
         const size_t base = size_t(b) * size;
@@ -450,9 +469,9 @@ void Engine::draft_round(Batch& batch, const int64_t* tokens, const int64_t* pos
         tree.parents[base] = tree.depths[base] = 0;
         tree.log_probs[base] = 0.0f;
         tree.mask[base * size] = 1;
-        for (int i = 0; i < size - 1; ++i) {
+        for (size_t i = 0; i < likely; ++i) {
             const Node& node = n[order[i]];
-            const int at = i + 1, parent = node.parent < 0 ? 0 : place_of[node.parent];
+            const int at = int(i) + 1, parent = node.parent < 0 ? 0 : place_of[node.parent];
             place_of[order[i]] = at;
             tree.tokens[base + at] = node.token;
             tree.parents[base + at] = parent;
@@ -466,18 +485,18 @@ void Engine::draft_round(Batch& batch, const int64_t* tokens, const int64_t* pos
 }
 
 void Engine::speculate(Batch& batch, const int64_t* tokens, const int64_t* positions, const bf16* features, int depth, int width,
-                       int size, int64_t* out_tokens, int64_t* out_counts, bf16* out_features) {
+                       int size, float least, int64_t* out_tokens, int64_t* out_counts, int64_t* out_drafted, bf16* out_features) {
     const int rows = batch.rows, most = depth + 1;
     const size_t nodes = size_t(rows) * size;
-    std::vector<int64_t> tree_tokens(nodes), parents(nodes), depths(nodes), greedy(nodes), lengths(rows), counts(rows, size);
+    std::vector<int64_t> tree_tokens(nodes), parents(nodes), depths(nodes), greedy(nodes), lengths(rows), counts(rows);
     std::vector<uint8_t> mask(nodes * size);
     std::vector<float> log_probs(nodes);
-    draft_round(batch, tokens, positions, features, depth, width, size,
-                {tree_tokens.data(), parents.data(), depths.data(), mask.data(), log_probs.data()});
+    draft_round(batch, tokens, positions, features, depth, width, size, least,
+                {tree_tokens.data(), parents.data(), depths.data(), counts.data(), mask.data(), log_probs.data()});
 
     for (int b = 0; b < rows; ++b) {
         lengths[b] = batch.lengths[b] + batch.counts[b];
-        for (int i = 0; i < size; ++i) depths[size_t(b) * size + i] += lengths[b];  // positions from here on
+        for (int i = 0; i < counts[b]; ++i) depths[size_t(b) * size + i] += lengths[b];  // positions from here on
     }
     tree_features_.resize(std::max(tree_features_.size(), nodes * feature_size()));
     Batch tree{rows, batch.slots, lengths.data(), counts.data(), size, 0, mask.data(), {}, {}, {}};
@@ -491,9 +510,10 @@ void Engine::speculate(Batch& batch, const int64_t* tokens, const int64_t* posit
         int64_t* accepted = path.data() + size_t(b) * most;
         int64_t last = 0, count = 1;
         accepted[0] = 0;
-        for (int i = 1; i < size; ++i)
+        for (int i = 1; i < counts[b]; ++i)
             if (parents[base + i] == last && tree_tokens[base + i] == greedy[base + last]) accepted[count++] = last = i;
         path_lengths[b] = out_counts[b] = count;
+        out_drafted[b] = counts[b] - 1;
         for (int64_t j = 0; j < count; ++j) {
             const size_t node = base + size_t(accepted[j]), to = size_t(b) * most + size_t(j);
             out_tokens[to] = j + 1 < count ? tree_tokens[base + size_t(accepted[j + 1])] : greedy[node];
@@ -569,6 +589,10 @@ int prism_commit(prism::Engine* engine, int rows, const int64_t* slots, const in
     return guarded([&] { engine->commit(rows, slots, lengths, accepted, counts, stride); });
 }
 
+int prism_copy_prefix(prism::Engine* engine, int from, int to, int length) {
+    return guarded([&] { engine->copy_prefix(from, to, length); });
+}
+
 int prism_draft(prism::Engine* engine, int rows, const int64_t* slots, const int64_t* lengths, const int64_t* counts, int stride,
                 int offset, const uint8_t* mask, const int64_t* tokens, const int64_t* positions, int step, const uint16_t* hidden,
                 int last_only, float* logits, uint16_t* hidden_out) {
@@ -584,17 +608,20 @@ int prism_draft_round(prism::Engine* engine, int rows, const int64_t* slots, con
                       float* tree_log_probs) {
     return guarded([&] {
         prism::Batch batch = batch_of(rows, slots, lengths, counts, stride, 0, nullptr);
-        engine->draft_round(batch, tokens, positions, features, depth, width, size,
-                            {tree_tokens, tree_parents, tree_depths, tree_mask, tree_log_probs});
+        std::vector<int64_t> full(rows);
+        engine->draft_round(batch, tokens, positions, features, depth, width, size, -INFINITY,
+                            {tree_tokens, tree_parents, tree_depths, full.data(), tree_mask, tree_log_probs});
     });
 }
 
 int prism_speculate(prism::Engine* engine, int rows, const int64_t* slots, const int64_t* lengths, const int64_t* counts,
                     int stride, const int64_t* tokens, const int64_t* positions, const uint16_t* features, int depth, int width,
-                    int size, int64_t* out_tokens, int64_t* out_counts, uint16_t* out_features) {
+                    int size, float least_probability, int64_t* out_tokens, int64_t* out_counts, int64_t* out_drafted,
+                    uint16_t* out_features) {
     return guarded([&] {
         prism::Batch batch = batch_of(rows, slots, lengths, counts, stride, 0, nullptr);
-        engine->speculate(batch, tokens, positions, features, depth, width, size, out_tokens, out_counts, out_features);
+        engine->speculate(batch, tokens, positions, features, depth, width, size, std::log(least_probability), out_tokens, out_counts,
+                          out_drafted, out_features);
     });
 }
 

@@ -9,6 +9,7 @@ namespace prism {
 
 struct DraftTree {
     int64_t *tokens, *parents, *depths;  // [rows][size]
+    int64_t* counts;                     // [rows] nodes, root included; the rest of a row is not written
     uint8_t* mask;                       // [rows][size][size]
     float* log_probs;                    // [rows][size]
 };
@@ -34,15 +35,19 @@ public:
     void forward(Batch& batch, const int64_t* tokens, const int64_t* positions, int logits_for, bf16* features, float* logits,
                  int64_t* greedy);
     void commit(int rows, const int64_t* slots, const int64_t* lengths, const int64_t* accepted, const int64_t* counts, int stride);
+    // K/V of the first `length` entries, target and drafter, from one slot to another.
+    void copy_prefix(int from, int to, int length);
     void draft(Batch& batch, int step, const int64_t* tokens, const int64_t* positions, const bf16* hidden, bool last_only,
                float* logits, bf16* hidden_out);
+    // Nodes whose cumulative log-probability is below `least` are neither extended nor part of the tree.
     void draft_round(Batch& batch, const int64_t* tokens, const int64_t* positions, const bf16* features, int depth, int width,
-                     int size, DraftTree tree);
+                     int size, float least, DraftTree tree);
 
     // A whole greedy round: draft_round, verification, commit. Row b gets counts[b] <= depth + 1 tokens (the accepted ones
-    // and the bonus token) and the target's features of the tokens before each, rows of depth + 1.
+    // and the bonus token) and the target's features of the tokens before each, rows of depth + 1; drafted[b] nodes were
+    // verified besides the root.
     void speculate(Batch& batch, const int64_t* tokens, const int64_t* positions, const bf16* features, int depth, int width,
-                   int size, int64_t* out_tokens, int64_t* out_counts, bf16* out_features);
+                   int size, float least, int64_t* out_tokens, int64_t* out_counts, int64_t* out_drafted, bf16* out_features);
 
     const Dims dims;
 

@@ -30,10 +30,13 @@ struct Matrix {
     const uint32_t* first_of(int id, int size) const { return group(Share(groups(), id, size).first); }
 };
 
-// One group by `T` tokens. A single tile prefetches its own weights a few lines ahead. Where `period` tiles pass over the
-// same group, tile `phase` prefetches every period-th part of `ahead`, the next group, so that its memory reads are
-// spread over the whole time spent in this one.
-constexpr int kLinesAhead = 96;  // 6 KiB
+// One group by `T` tokens. A single tile prefetches its own weights: few tokens wait for memory, so theirs go straight to
+// the first-level cache; with more, arithmetic takes as long as memory, and requests far ahead, into the second level,
+// keep both busy. Where `period` tiles pass over the same group, tile `phase` prefetches every period-th part of `ahead`,
+// the next group, so that its memory reads are spread over the whole time spent in this one.
+constexpr int kFewTokens = 5;
+constexpr int kLinesAheadFew = 240;   // 15 KiB
+constexpr int kLinesAheadMany = 384;  // 24 KiB
 
 template <int T>
 static inline void tile(const uint32_t* __restrict w, int pairs, const bf16* __restrict x, size_t x_stride,
@@ -42,7 +45,10 @@ static inline void tile(const uint32_t* __restrict w, int pairs, const bf16* __r
     int countdown = phase;
     for (int k = 0; k < pairs; ++k, w += kGroup) {
         if (period == 1) {
-            for (int b = 0; b < kBlocks; ++b) prefetch_near(w + (kLinesAhead + b) * kLanes);
+            for (int b = 0; b < kBlocks; ++b) {
+                if (T <= kFewTokens) prefetch_near(w + (kLinesAheadFew + b) * kLanes);
+                else prefetch(w + (kLinesAheadMany + b) * kLanes);
+            }
         } else if (--countdown < 0) {
             for (int b = 0; b < kBlocks; ++b) prefetch(ahead + size_t(k) * kGroup + b * kLanes);
             countdown = period - 1;

@@ -20,6 +20,7 @@ struct Dims {
     int32_t modules, draft_hidden, draft_layers, draft_vocab, draft_intermediate, draft_heads, draft_kv_heads, draft_head_dim;
     int32_t draft_bias;    // fc has a bias
     int32_t draft_fusion;  // the features are fused by a matrix before step 0
+    int32_t draft_feature_norm;  // each state in the features is divided by its root mean square before
     int32_t draft_is_lm;   // the drafter is a language model of its own: own embedding, every norm, no fc
     int32_t context, slots, tokens, threads;
     float rms_eps, draft_rms_eps;
@@ -85,6 +86,17 @@ static inline void rms_norm(const float* x, const float* weight, float eps, int 
     }
     const vf scale = splat(1.0f / std::sqrt(reduce_sum(sum) / float(width) + eps));
     for (int i = 0; i < width; i += kLanes) store_bf16(out + i, load(x + i) * scale * load(weight + i));
+}
+
+// Divides a row by its root mean square.
+static inline void normalize(const bf16* x, float eps, int width, bf16* out) {
+    vf sum = {};
+    for (int i = 0; i < width; i += kLanes) {
+        const vf v = load_bf16(x + i);
+        sum = fma(v, v, sum);
+    }
+    const vf scale = splat(1.0f / std::sqrt(reduce_sum(sum) / float(width) + eps));
+    for (int i = 0; i < width; i += kLanes) store_bf16(out + i, load_bf16(x + i) * scale);
 }
 
 static inline void round_row(const float* x, int width, bf16* out) {
