@@ -19,10 +19,10 @@ from prism_trt.bench.peers.gguf_writer import gguf_name, interleave_heads, write
 from prism_trt.bench.peers.llama_peer import LlamaPeer
 from prism_trt.bench.peers.results import PeersResult, compare
 from prism_trt.bench.peers.runner import run_peers
-from prism_trt.bench.peers.timing import Timing
+from prism_trt.bench.peers.timing import PassShape, Timing, pass_shapes
 from prism_trt.bench.peers.transformers_peer import TransformersPeer
 from prism_trt.config import RopeScaling
-from prism_trt.engines.protocol import EngineLimits
+from prism_trt.engines.protocol import EngineLimits, TokenBatch
 from prism_trt.engines.torch_engine import TorchEngine
 from prism_trt.errors import PrismError
 from prism_trt.target.loading import save_hf
@@ -50,6 +50,27 @@ def test_transformers_and_our_torch_engine_agree(tmp_path: Path) -> None:
     assert all(timing.prefill_seconds > 0 and timing.decode_seconds > 0 for timing in timings)
 
 
+def test_timed_passes_compute_what_decoding_does(tmp_path: Path) -> None:
+    """The passes leave K/V from which each contestant goes on as from its own prefill."""
+    target, drafter = agreeing_models()
+    save_hf(target, tmp_path / "hf")
+    engine = TorchEngine(target, drafter, EngineLimits(1, 256, 16), torch.device("cpu"), torch.float32)
+    tokens = [int(token) for token in torch.randint(3, 40, (60,), generator=torch.Generator().manual_seed(0))]
+    assert EnginePeer("vanilla", engine, None).time_pass(tokens, 40) > 0
+    following = TokenBatch.one_row(torch.tensor([5]), 60)
+    logits = engine.forward(following).logits
+    model = TransformersPeer("transformers", tmp_path / "hf", torch.float32)
+    assert model.time_pass(tokens, 40) > 0
+    expected = model._model(torch.tensor([[*tokens, 5]])).logits[:, -1:]
+    assert logits is not None
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_passes_fit_the_context() -> None:
+    assert [str(shape) for shape in pass_shapes(2048)] == ["256 after 0", "1 after 256", "8 after 256", "16 after 256"]
+    assert all(shape.context + shape.tokens <= 20 and shape.tokens > 0 for shape in pass_shapes(20))
+
+
 class Counter:
     """A peer that notes when it is asked."""
 
@@ -63,11 +84,16 @@ class Counter:
         self._log.append(self.name)
         return Timing(prompt + [0] * (tokens - len(prompt)), 0.1, 0.5)
 
+    def time_pass(self, tokens: list[int], context: int) -> float:
+        return 1e3 * len(tokens) + context
+
 
 def test_contestants_take_turns() -> None:
     log: list[str] = []
     answered: list[None] = []
-    run = run_peers([Counter("a", log), Counter("b", log)], [[1], [2], [3]], 4, lambda: answered.append(None))
+    passes = [PassShape(0, 5), PassShape(5, 2)]
+    run = run_peers([Counter("a", log), Counter("b", log)], [[1], [2], [3]], 4, passes, lambda: answered.append(None))
+    assert run.pass_seconds == [[[5000.0] * 3, [7005.0] * 3]] * 2
     assert log == ["a", "b", "a", "b", "b", "a", "a", "b"]
     assert [[entry.tokens[0] for entry in runs] for runs in run.timings] == [[1, 2, 3]] * 2
     assert len(answered) == 6
@@ -78,7 +104,8 @@ def test_contestants_take_turns() -> None:
 def test_comparison_is_arithmetic_on_the_timings() -> None:
     base = [Timing([1] * 11, 9.0, 1.0), Timing([2] * 11, 9.0, 3.0), Timing([3] * 11, 9.0, 2.0)]
     slow = [Timing([1] * 11, 9.0, 4.0), Timing([0] * 11, 9.0, 5.0), Timing([3] * 11, 9.0, 9.0)]
-    first, second = compare(["base", "slow"], ["1", "2"], [base, slow])
+    first, second = compare(["base", "slow"], ["1", "2"], [base, slow], [{"8 after 256": 3.0}, {"8 after 256": 4.0}])
+    assert (first.pass_ms, second.pass_ms) == ({"8 after 256": 3.0}, {"8 after 256": 4.0})
     assert first.decode_tps == pytest.approx((10, 10 / 3, 5))
     assert first.median_tps == 5
     assert (first.ratio, first.ratio_interval.low, first.ratio_interval.high) == (1, 1, 1)
@@ -101,6 +128,7 @@ def test_command_compares_with_transformers(engine_directories: dict[str, Path],
     assert names == ["prism_trt vanilla", "prism_trt tree 8/3/3", "transformers bf16", "transformers fp32"]
     assert all(len(peer.decode_tps) == result.prompts == 8 for peer in result.peers)
     assert result.peers[1].same_output == 1
+    assert all(len(peer.pass_ms) == 4 and min(peer.pass_ms.values()) > 0 for peer in result.peers)
     table = [line for line in (tmp_path / "p.md").read_text().splitlines() if line.startswith("|")]
     assert len(table) == 2 + len(names)
 

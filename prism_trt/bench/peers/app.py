@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
+from statistics import median
 from typing import Annotated
 
 import torch
@@ -18,7 +19,7 @@ from prism_trt.bench.peers.llama_peer import LlamaPeer
 from prism_trt.bench.peers.report import console_table, markdown
 from prism_trt.bench.peers.results import PeersResult, compare
 from prism_trt.bench.peers.runner import run_peers
-from prism_trt.bench.peers.timing import Peer
+from prism_trt.bench.peers.timing import Peer, pass_shapes
 from prism_trt.bench.peers.transformers_peer import TransformersPeer
 from prism_trt.bench.prompts import PROMPTS
 from prism_trt.bench.questions import load_questions
@@ -64,20 +65,27 @@ def peers(
     torch.set_num_threads(threads)
     loaded = load_engine(engine, threads=threads)
     prompts = _prompts(load_engine_tokenizer(engine), questions or [], per_set, loaded, tokens)
-    context = max(map(len, prompts)) + tokens
+    passes = pass_shapes(loaded.limits.context)
+    context = max(max(map(len, prompts)) + tokens, max(shape.context + shape.tokens for shape in passes))
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         with progress("Loading the peers", total=None):
             contestants = _contestants(stack, scratch, loaded, target, llama_python, gguf or [], threads, context)
         with progress("Decoding", total=len(contestants) * len(prompts)) as bar:
-            run = run_peers(contestants, prompts, tokens, lambda: bar.advance(1))
+            run = run_peers(contestants, prompts, tokens, passes, lambda: bar.advance(1))
+    pass_ms = [
+        {str(shape): 1e3 * median(seconds) for shape, seconds in zip(passes, measured, strict=True)}
+        for measured in run.pass_seconds
+    ]
     result = PeersResult(
         engine=engine_info(engine, threads),
         environment=environment(),
         bandwidth_gb_s=summarise_bandwidth(run.bandwidth),
         prompts=len(prompts),
         tokens=tokens,
-        peers=compare([peer.name for peer in contestants], [peer.version for peer in contestants], run.timings),
+        peers=compare(
+            [peer.name for peer in contestants], [peer.version for peer in contestants], run.timings, pass_ms
+        ),
     )
     write_json(result, json_path)
     if markdown_path is not None:

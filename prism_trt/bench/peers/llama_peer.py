@@ -45,14 +45,12 @@ class LlamaPeer:
 
     def decode(self, prompt: list[int], tokens: int) -> Timing:
         """Greedy decoding of exactly `tokens` tokens."""
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps({"prompt": prompt, "tokens": tokens}) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            raise self._failure("ended") from None
-        reply = self._read()
+        reply = self._ask({"prompt": prompt, "tokens": tokens})
         return Timing(reply["tokens"], reply["prefill_seconds"], reply["decode_seconds"])
+
+    def time_pass(self, tokens: list[int], context: int) -> float:
+        """See `prism_trt.bench.peers.timing.Peer.time_pass`."""
+        return float(self._ask({"pass": tokens, "context": context})["seconds"])
 
     def close(self) -> None:
         """End the process; harmless when repeated."""
@@ -71,6 +69,15 @@ class LlamaPeer:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._failure("ended") from None
+        return self._read()
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None

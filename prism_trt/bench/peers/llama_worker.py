@@ -1,8 +1,10 @@
 """llama.cpp behind one JSON object per line on stdin and stdout.
 
-Run by `llama_peer` as a script in an interpreter that has `llama_cpp`, so it imports nothing of this package. Requests
-are ``{"prompt": [ids], "tokens": n}``; replies ``{"tokens": [ids], "prefill_seconds": s, "decode_seconds": s}``.
-The first line out is ``{"version": v}`` once the model is loaded, or ``{"error": text}``.
+Run by `llama_peer` as a script in an interpreter that has `llama_cpp`, so it imports nothing of this package. The
+first line out is ``{"version": v}`` once the model is loaded, or ``{"error": text}``. Then requests and replies are
+
+- ``{"prompt": [ids], "tokens": n}`` and ``{"tokens": [ids], "prefill_seconds": s, "decode_seconds": s}``,
+- ``{"pass": [ids], "context": n}`` and ``{"seconds": s}``.
 """
 
 from __future__ import annotations
@@ -36,7 +38,11 @@ def main(path: str, threads: int, context: int, flash_attention: bool) -> None:
     print(json.dumps({"version": llama_cpp.__version__}), file=replies)
     for line in sys.stdin:
         request = json.loads(line)
-        print(json.dumps(decode(model, request["prompt"], request["tokens"])), file=replies)
+        if "pass" in request:
+            reply: dict[str, object] = {"seconds": time_pass(model, request["pass"], request["context"])}
+        else:
+            reply = decode(model, request["prompt"], request["tokens"])
+        print(json.dumps(reply), file=replies)
 
 
 def decode(model: llama_cpp.Llama, prompt: list[int], count: int) -> dict[str, object]:
@@ -50,6 +56,29 @@ def decode(model: llama_cpp.Llama, prompt: list[int], count: int) -> dict[str, o
         model.eval(tokens[-1:])
         tokens.append(argmax(model))
     return {"tokens": tokens, "prefill_seconds": first - start, "decode_seconds": time.perf_counter() - first}
+
+
+def time_pass(model: llama_cpp.Llama, tokens: list[int], context: int) -> float:
+    """Seconds of one pass over the tokens after the first `context`: all logits, or the last ones without context."""
+    model.reset()
+    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(model.ctx), True)
+    if context:
+        model.eval(tokens[:context])
+    count = len(tokens) - context
+    batch = llama_cpp.llama_batch_init(count, 0, 1)
+    batch.n_tokens = count
+    for i in range(count):
+        batch.token[i], batch.pos[i] = tokens[context + i], context + i
+        batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+        batch.logits[i] = bool(context) or i == count - 1
+    start = time.perf_counter()
+    code = llama_cpp.llama_decode(model.ctx, batch)
+    llama_cpp.llama_synchronize(model.ctx)
+    seconds = time.perf_counter() - start
+    llama_cpp.llama_batch_free(batch)
+    if code != 0:
+        raise RuntimeError(f"llama_decode returned {code}")
+    return seconds
 
 
 def argmax(model: llama_cpp.Llama) -> int:

@@ -25,6 +25,7 @@ class PeerRecord(StrictModel):
     pooled_tps: float
     ratio: float = Field(description="pooled tokens per second of the base contestant / of this one")
     ratio_interval: Interval = Field(description="95 % bootstrap interval over prompts")
+    pass_ms: dict[str, float] = Field(description="median milliseconds of one pass over so many tokens after so many")
     same_output: float = Field(description="share of prompts answered with the base contestant's tokens")
 
 
@@ -32,7 +33,7 @@ class PeersResult(StrictModel):
     """One interleaved run of all contestants; the first one is the base of the ratios."""
 
     kind: Literal["peers"] = "peers"
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     engine: EngineInfo
     environment: Environment
     bandwidth_gb_s: Bandwidth
@@ -45,10 +46,15 @@ def compare(
     names: Sequence[str],
     versions: Sequence[str],
     timings: Sequence[Sequence[Timing]],
+    pass_ms: Sequence[dict[str, float]],
     samples: int = 2000,
     seed: int = 0,
 ) -> tuple[PeerRecord, ...]:
-    """Records of contestants from `timings[contestant][prompt]`, each compared with contestant 0."""
+    """Records of contestants from `timings[contestant][prompt]`, each compared with contestant 0.
+
+    Args:
+        pass_ms: of each contestant, see `PeerRecord.pass_ms`.
+    """
     draws = Draws(draw_questions(["prompts"] * len(timings[0]), samples, seed), np.ones((1 + samples, 1)))
     pooled = [
         pooled_ratio(
@@ -72,6 +78,7 @@ def compare(
                 pooled_tps=float(pooled[index][0]),
                 ratio=ratio[0],
                 ratio_interval=Interval(low=ratio[1], high=ratio[2]),
+                pass_ms=pass_ms[index],
                 same_output=sum(a.tokens == b.tokens for a, b in zip(runs, timings[0], strict=True)) / len(runs),
             )
         )

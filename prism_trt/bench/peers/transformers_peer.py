@@ -56,3 +56,12 @@ class TransformersPeer:
             )
         first, last = clock.times[1], clock.times[-1]
         return Timing(output[0, len(prompt) :].tolist(), first - start, last - first)
+
+    def time_pass(self, tokens: list[int], context: int) -> float:
+        """See `prism_trt.bench.peers.timing.Peer.time_pass`."""
+        ids = torch.tensor([tokens])
+        with torch.inference_mode():
+            past = self._model(ids[:, :context], use_cache=True, logits_to_keep=1).past_key_values if context else None
+            start = time.perf_counter()
+            self._model(ids[:, context:], past_key_values=past, use_cache=True, logits_to_keep=0 if context else 1)
+        return time.perf_counter() - start
