@@ -29,11 +29,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def built(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("built") / "engine"
-    manifest = build_engine(target=models[0], drafter=models[1], out=out, context=128)
+    directory = tmp_path_factory.mktemp("built")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(directory)  # a relative path, as one types it
+        manifest = build_engine(target=models[0], drafter=models[1], out=Path("engine"), context=128)
     assert isinstance(manifest, EngineManifest) and manifest.runtime == "cpp"
     assert manifest.latency_ms is not None and manifest.latency_ms.forward[1][1] > 0
-    return out
+    return directory / "engine"
 
 
 def test_built_engine_loads_and_decodes(built: Path) -> None:

@@ -71,7 +71,8 @@ def compile_library(out: Path, isa: Isa, compiler: str) -> None:
         PrismError: the compiler failed; the message carries its first error line.
     """
     command = [compiler, "-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-ffp-contract=off", "-fno-math-errno"]
-    command += [*isa.compiler_flags, str(SOURCES / "engine.cpp"), "-o", str(out)]
+    # Absolute, because the compiler runs elsewhere: what it leaves when it is interrupted goes with that directory.
+    command += [*isa.compiler_flags, str(SOURCES / "engine.cpp"), "-o", str(out.absolute())]
     with tempfile.TemporaryDirectory() as scratch:
         done = subprocess.run(command, cwd=scratch, capture_output=True, text=True)
     if done.returncode != 0:
