@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -35,6 +36,9 @@ from prism_trt.target.tokenizer import Tokenizer
 _WARM_UP_TOKENS = 16
 # Questions that share a batch, in batches: more keep it full for longer, fewer are lost by an interruption.
 _BATCHES_PER_GROUP = 4
+
+
+AnyMode = TypeVar("AnyMode")
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,7 @@ def count_answers(methods: Sequence[Method], questions: Sequence[Question], sett
     return _count_answers(modes_of(methods, settings.trees), questions, settings)
 
 
-def in_turn(modes: Sequence[Mode], number: int) -> list[Mode]:
+def in_turn(modes: Sequence[AnyMode], number: int) -> list[AnyMode]:
     """Order of `modes` the `number`-th time: rotated by one each time, and reversed in every other rotation."""
     shift = number % len(modes)
     rotated = [*modes[shift:], *modes[:shift]]

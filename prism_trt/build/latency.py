@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,8 +29,8 @@ _REPEATS = 3
 @dataclass(frozen=True)
 class _Call:
     requests: int
-    size: int | TreeShape
-    """Tokens of each request, or the tree that is drafted."""
+    size: int | TreeShape | Literal["extend"]
+    """Tokens of each request, the tree that is drafted, or the drafter's extension over the context."""
     work: int
     """Tokens that pass through the networks, for their order."""
     run: Callable[[], object]
@@ -46,25 +47,30 @@ def measure(engine: Engine, seconds: float = 6.0) -> LatencyTable:
     """
     context = max(1, min(_CONTEXT, engine.limits.context // 4, engine.limits.tokens_per_call))
     counts = _request_counts(min(engine.limits.slots, _MOST_REQUESTS))
-    newest = _fill(engine, counts[-1], context)
+    features = _fill(engine, counts[-1], context)
     start = time.perf_counter()
-    calls = [call for requests in counts for call in _calls(engine, requests, context, newest)]
+    calls = [call for requests in counts for call in _calls(engine, requests, context, features[:, -1:])]
+    if engine.has_drafter:
+        calls.append(_Call(1, "extend", context, partial(engine.extend, _batch(engine, 1, context, 0), features)))
     calls.sort(key=lambda call: call.work)
     samples = _sample(engine.device, calls, start + seconds / 2, start + seconds)
+    extend = 0.0
     forward: dict[int, dict[int, float]] = {}
     rounds: dict[int, dict[str, float]] = {}
     for call, times in samples:
         ms = round(min(times), 4)  # whatever else runs here only ever lengthens a call
-        if isinstance(call.size, int):
+        if call.size == "extend":
+            extend = ms / context
+        elif isinstance(call.size, int):
             forward.setdefault(call.requests, {})[call.size] = ms
         else:
             rounds.setdefault(call.requests, {})[str(call.size)] = ms
-    return LatencyTable(context=context, forward=forward, draft_round=rounds)
+    return LatencyTable(context=context, forward=forward, draft_round=rounds, extend=extend)
 
 
 def _fill(engine: Engine, slots: int, length: int) -> Tensor:
-    """Give each slot K/V that calls can read, as unwritten memory may be cheaper; returns features [1, 1, F]."""
-    features = engine.forward(_batch(engine, 1, length, 0), "none").features[:, -1:]
+    """Give each slot K/V that calls can read, as unwritten memory may be cheaper; returns features [1, T, F]."""
+    features = engine.forward(_batch(engine, 1, length, 0), "none").features
     copying = engine if isinstance(engine, PrefixCopyEngine) else None
     for slot in range(1, slots):
         if copying is not None:

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from prism_trt.config import DrafterConfig, StrictModel, TreeShape, parse
+from prism_trt.engines.latency import LatencyTable
 from prism_trt.engines.protocol import EngineLimits
 from prism_trt.engines.tensorrt.binding import NetworkLimits
 from prism_trt.manifest import own_fields, read_manifest
@@ -17,18 +18,7 @@ from prism_trt.target.config import TargetConfig
 ENGINE_MANIFEST = "engine.json"
 ENGINE_KIND = "engine"
 
-Runtime = Literal["cpp", "torch", "tensorrt-rtx", "tensorrt"]
-
-
-class LatencyTable(StrictModel):
-    """Measured milliseconds of one call on the machine that built the engine, for one request."""
-
-    context: int
-    """Committed K/V entries during the measurement."""
-    forward: dict[int, float]
-    """Target pass by tokens."""
-    draft_round: dict[str, float]
-    """Whole draft round by tree (SIZE/WIDTH/DEPTH); empty without a drafter."""
+Runtime = Literal["cpp", "torch", "torch-cuda", "tensorrt-rtx", "tensorrt"]
 
 
 class NetworkReport(StrictModel):

@@ -94,14 +94,16 @@ def prepare_repository(engine: Path, work: Path, threads: int | None) -> Artifac
     """Write `work/repository` for `engine`, or reuse it when it is intact and serves this engine alike."""
     repository = work / "repository"
     served = repository / MODEL_NAME / "1" / "engine" / ENGINE_MANIFEST
-    wanted = None if threads is None else str(threads)
+    tree = str(read_engine_manifest(engine).default_tree)  # the one that is measured
+    wanted = (tree, None if threads is None else str(threads))
     try:
-        fits = read_repository(repository)["parameters"].get("threads") == wanted
+        parameters = read_repository(repository)["parameters"]
+        fits = (parameters.get("tree"), parameters.get("threads")) == wanted
         if fits and sha256_file(served) == sha256_file(engine / ENGINE_MANIFEST):
             return Artifact(repository, True)
     except (PrismError, OSError, KeyError, AttributeError):
         pass
-    write_repository(engine, repository, MODEL_NAME, threads=threads, overwrite=True)
+    write_repository(engine, repository, MODEL_NAME, tree=tree, threads=threads, overwrite=True)
     return Artifact(repository, False)
 
 

@@ -3,6 +3,8 @@
 A request whose last token has index L in its sequence holds, between rounds, K/V of tokens 0..L-1 in the target. Draft
 entry p pairs the target's feature at p with token p + 1; the entries that a round adds at its start bring the draft
 K/V to L entries as well. The last token is the root of the round's tree, or the one input of a vanilla pass.
+
+Rounds of planned requests may or may not draft. What a vanilla pass commits stays pending until the drafter needs it.
 """
 
 from __future__ import annotations
@@ -10,125 +12,24 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from prism_trt.config import TreeShape
-from prism_trt.engines.protocol import Engine, FusedRoundEngine, TargetOutput, TokenBatch, Tree
+from prism_trt.engines.protocol import Engine, FusedRoundEngine, PrefixCopyEngine, TargetOutput, TokenBatch, Tree
 from prism_trt.errors import PrismError
 from prism_trt.speculative.kv_pool import SlotPool
-from prism_trt.speculative.sampling import SamplingParams, draw, make_generator, uniforms, warp
-from prism_trt.speculative.stopping import FinishReason, StopRule, TextStream
+from prism_trt.speculative.planner import Load, Plan, Planner
+from prism_trt.speculative.prefill import group, share
+from prism_trt.speculative.request import AUTO, Event, Request, Result, check_request, tokens_per_row
+from prism_trt.speculative.row import Row
+from prism_trt.speculative.sampling import draw, uniforms, warp
+from prism_trt.speculative.stopping import StopRule, TextStream
 from prism_trt.speculative.tree import grow_tree
 from prism_trt.speculative.verify import Verdict, verify_greedy, verify_sampling
 from prism_trt.target.detokenize import DetokenizerStream
 from prism_trt.target.tokenizer import Tokenizer
-
-GREEDY = SamplingParams()
-
-
-@dataclass(frozen=True)
-class Request:
-    """One sequence to continue."""
-
-    prompt: list[int]
-    """Token ids; at least one."""
-    max_tokens: int
-    """Tokens to generate at most; an end-of-sequence token counts."""
-    sampling: SamplingParams = GREEDY
-    stop_words: tuple[str, ...] = ()
-    """Generation ends when the generated text holds one of them."""
-    eos_token_ids: tuple[int, ...] = ()
-    """Generation ends after one of them; empty ignores the end of sequence."""
-    tree: TreeShape | None = None
-    """Draft tree of each round; None decodes without the drafter."""
-    collect_features: bool = False
-    """Return the target's features of every token but the last."""
-
-
-@dataclass
-class Statistics:
-    """Counts and times of one request.
-
-    `accepted` is what the target accepted; tokens that were then cut because the request ended inside an accepted path
-    are in it, but not in `num_output_tokens`.
-    """
-
-    num_input_tokens: int
-    num_output_tokens: int = 0
-    target_passes: int = 0
-    """Target passes after the prefill."""
-    drafted: int = 0
-    """Tree nodes verified, roots excluded."""
-    prefill_seconds: float = 0.0
-    """From the first prefill call to the first token."""
-    decode_seconds: float = 0.0
-    """From the first token to the last."""
-    accepted_counts: list[int] = field(default_factory=list)
-    """Entry a: passes in which exactly a drafted tokens were accepted."""
-
-    @property
-    def accepted(self) -> int:
-        """Drafted tokens accepted."""
-        return sum(a * passes for a, passes in enumerate(self.accepted_counts))
-
-    @property
-    def acceptance_length(self) -> float:
-        """Tokens put out per target pass, bonus included; NaN without a pass.
-
-        The prefill and the token that it gives count in neither.
-        """
-        return (self.num_output_tokens - 1) / self.target_passes if self.target_passes else float("nan")
-
-
-@dataclass(frozen=True)
-class Event:
-    """What a round did for one request."""
-
-    id: int
-    tokens: list[int]
-    """Generated since the previous event; the last may be an end-of-sequence token."""
-    finished: bool = False
-    finish_reason: FinishReason | None = None
-    stats: Statistics | None = None
-    """Only when finished."""
-    features: Tensor | None = None
-    """[P + O - 1, F] bfloat16 on the CPU for P prompt and O output tokens; only when finished and asked for."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished request."""
-
-    tokens: list[int]
-    statistics: Statistics
-    finish_reason: FinishReason
-    features: Tensor | None = None
-
-
-class _Row:
-    """A request inside the decoder."""
-
-    def __init__(self, number: int, request: Request, stop: StopRule) -> None:
-        self.id = number
-        self.request = request
-        self.stop = stop
-        self.slot = -1
-        self.length = 0
-        """Target K/V entries; after the prefill also the index of the last token."""
-        self.draft_length = 0
-        self.root = -1
-        """The last committed token, not yet in the target's K/V."""
-        self.pending: list[int] = []
-        """Committed tokens not yet in the draft K/V, with the features that precede them."""
-        self.pending_features: Tensor | None = None
-        self.generator = make_generator(request.sampling)
-        self.collected: list[Tensor] = []
-        self.stats = Statistics(len(request.prompt))
-        self.started = 0.0
-        self.first_token = 0.0
 
 
 class Decoder:
@@ -138,16 +39,35 @@ class Decoder:
     prompt, parameters and seed only. Not thread-safe.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer | None = None) -> None:
-        """`tokenizer` is needed only for requests with stop words."""
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer | None = None,
+        prefill_tokens: int | None = None,
+        reuse_prefixes: bool = False,
+        planner: Planner | None = None,
+    ) -> None:
+        """Start without requests.
+
+        Args:
+            engine: runs them; its K/V pools must not be used by others meanwhile.
+            tokenizer: needed only for requests with stop words.
+            prefill_tokens: prompt tokens computed between two rounds at most; None: as many as a call may have.
+            reuse_prefixes: keep the K/V of requests that have ended, for those whose prompts begin alike.
+            planner: chooses the trees of requests with tree "auto".
+        """
         self.engine = engine
         self.tokenizer = tokenizer
+        self._prefill_tokens = min(prefill_tokens or engine.limits.tokens_per_call, engine.limits.tokens_per_call)
+        self._reuse = reuse_prefixes
+        self._planner = planner
+        self._copying = engine if isinstance(engine, PrefixCopyEngine) else None
         # Decided once: the check looks up every method of the protocol.
         self._fused = engine if isinstance(engine, FusedRoundEngine) else None
         self._slots = SlotPool(engine.limits.slots)
-        self._waiting: deque[_Row] = deque()
-        self._prefilling: list[_Row] = []
-        self._decoding: list[_Row] = []
+        self._waiting: deque[Row] = deque()
+        self._prefilling: list[Row] = []
+        self._decoding: list[Row] = []
         self._next_id = 0
 
     @property
@@ -155,17 +75,28 @@ class Decoder:
         """Requests not finished yet, those waiting for a slot included."""
         return len(self._waiting) + len(self._prefilling) + len(self._decoding)
 
+    @property
+    def room(self) -> int:
+        """Requests that would start in the next step if they were added now."""
+        return self._slots.free - len(self._waiting)
+
+    @property
+    def cached_slots(self) -> int:
+        """Slots without a request that hold K/V for later ones."""
+        return self._slots.cached
+
     def add(self, request: Request) -> int:
         """Queue a request and return its id.
 
         Raises:
             PrismError: the engine can never run it.
         """
-        _check(request, self.engine, self.tokenizer)
+        check_request(request, self.engine, self.tokenizer)
         text = None
         if request.stop_words and self.tokenizer is not None:
             text = TextStream(DetokenizerStream(self.tokenizer), request.stop_words)
-        row = _Row(self._next_id, request, StopRule(request.max_tokens, request.eos_token_ids, text))
+        tree, planned = self._tree_of(request)
+        row = Row(self._next_id, request, tree, planned, StopRule(request.max_tokens, request.eos_token_ids, text))
         self._next_id += 1
         self._waiting.append(row)
         return row.id
@@ -177,13 +108,13 @@ class Decoder:
                 if row.id == request_id:
                     rows.remove(row)
                     if rows is not self._waiting:
-                        self._slots.release(row.slot)
+                        self._release(row)
                     return True
         return False
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """At most one prefill call, then one round for every request that had its first token before.
+        """Some prompt tokens, then one round for every request that had its first token before.
 
         Returns:
             One event for each request that got tokens, none for those still prefilling or waiting.
@@ -192,28 +123,116 @@ class Decoder:
         running = list(self._decoding)
         while self._waiting and self._slots.free:
             row = self._waiting.popleft()
-            row.slot = self._slots.acquire()
+            self._place(row)
             self._prefilling.append(row)
         if self._prefilling:
             self._prefill(events)
         context = self.engine.limits.context
-        groups: dict[TreeShape | None, list[_Row]] = {}
+        plan = self._plan(running)
+        groups: dict[Plan, list[Row]] = {}
         for row in running:
-            groups.setdefault(_fit(row.request.tree, context - row.length), []).append(row)
+            groups.setdefault(_fit(plan if row.planned else row.tree, context - row.length), []).append(row)
         for shape, rows in groups.items():
-            per_row = 1 if shape is None else _tokens_per_row(shape)
-            limit = max(1, self.engine.limits.tokens_per_call // per_row)
-            for first in range(0, len(rows), limit):
-                if shape is None:
-                    self._vanilla_round(rows[first : first + limit], events)
-                else:
-                    self._tree_round(rows[first : first + limit], shape, events)
+            self._round(rows, shape, events, planned=shape == plan and all(row.planned for row in rows))
         return events
 
+    def _tree_of(self, request: Request) -> tuple[Plan, bool]:
+        """The tree of a request's every round, and whether the planner decides instead."""
+        if request.tree != AUTO:
+            return request.tree, False
+        if not self.engine.has_drafter:
+            return None, False
+        if not request.sampling.greedy and request.sampling.seed is not None:
+            return self.engine.default_tree, False
+        if self._planner is None:
+            raise PrismError('the tree "auto" needs a planner: give the decoder one, or name a tree')
+        return None, True
+
+    def _plan(self, running: list[Row]) -> Plan:
+        """The tree of the next round of all requests that leave it to the planner."""
+        rows = [row for row in running if row.planned]
+        if self._planner is None or not rows:
+            return None
+        # One token of each request is new in any case.
+        behind = sum(len(row.pending) - 1 for row in rows)
+        return self._planner.plan(_load(rows), behind)
+
+    def _round(self, rows: list[Row], shape: Plan, events: list[Event], planned: bool) -> None:
+        """A round of any number of rows with one tree; the planner learns from it when it was `planned`."""
+        behind = 0 if shape is None else self._catch_up(rows, shape.depth + 1)
+        load = _load(rows)
+        start = time.perf_counter()
+        per_row = 1 if shape is None else tokens_per_row(shape)
+        limit = max(1, self.engine.limits.tokens_per_call // per_row)
+        accepted: list[int] = []
+        drafted = sum(row.stats.drafted for row in rows)
+        for first in range(0, len(rows), limit):
+            part = rows[first : first + limit]
+            if shape is None:
+                self._vanilla_round(part, events)
+                accepted += [0] * len(part)
+            else:
+                accepted += self._tree_round(part, shape, events)
+        if planned and self._planner is not None:
+            seconds = time.perf_counter() - start
+            greedy = [count for row, count in zip(rows, accepted, strict=True) if row.generator is None]
+            sampled = [count for row, count in zip(rows, accepted, strict=True) if row.generator is not None]
+            nodes = (sum(row.stats.drafted for row in rows) - drafted) / len(rows)
+            self._planner.observe(shape, load, seconds, greedy, sampled, nodes, behind)
+
+    def _catch_up(self, rows: list[Row], most: int) -> int:
+        """Leave at most `most` tokens of each row pending; returns how many the drafter was extended over."""
+        limit, total = self.engine.limits.tokens_per_call, 0
+        while late := [row for row in rows if len(row.pending) > most]:
+            counts = [min(len(row.pending) - 1, limit) for row in late]
+            for picked in group(counts, limit):
+                part = [late[i] for i in picked]
+                tokens = [late[i].pending[: counts[i]] for i in picked]
+                batch = self._batch(part, tokens, [row.draft_length for row in part])
+                features = _stacked(part, max(len(row.pending) for row in part))
+                self.engine.extend(batch, features[:, : batch.tokens.shape[1]])
+                for i in picked:
+                    row, count = late[i], counts[i]
+                    row.draft_length += count
+                    row.pending_features = [torch.cat(row.pending_features, 1)[:, count:].clone()]
+                    row.pending = row.pending[count:]
+                    total += count
+        return total
+
+    def _place(self, row: Row) -> None:
+        """Give a waiting request a slot, and what is known of its prompt's K/V."""
+        request = row.request
+        if not self._reuse or request.collect_features:  # features of reused entries are stored nowhere
+            row.slot = self._slots.acquire()
+            return
+        running = {other.slot: other.prefix for other in (*self._prefilling, *self._decoding)}
+        drafting = row.drafts
+        placement = self._slots.place(request.prompt, drafting, None if self._copying is None else running)
+        if self._copying is not None and placement.donor is not None:
+            self._copying.copy_prefix(placement.donor, placement.slot, placement.reused)
+        row.slot = placement.slot
+        row.length = row.stats.reused_tokens = placement.reused
+        row.draft_length = placement.reused if drafting else 0
+
+    def _release(self, row: Row) -> None:
+        self._slots.release(row.slot, row.prefix if self._reuse else None)
+
     def _prefill(self, events: list[Event]) -> None:
-        """One target call over the next chunk of the oldest prefilling request and of those that go well with it."""
+        """Compute the next tokens of the prompts: few where rounds wait for it, a whole call where none does."""
+        limit = self.engine.limits.tokens_per_call
+        prefilling = list(self._prefilling)
+        remaining = [len(row.request.prompt) - row.length for row in prefilling]
+        shares = share(remaining, self._prefill_tokens if self._decoding else limit)
+        for picked in group(shares, limit):
+            rows = [prefilling[i] for i in picked]
+            chunks = [
+                row.request.prompt[row.length : row.length + shares[i]] for i, row in zip(picked, rows, strict=True)
+            ]
+            self._prefill_call(rows, chunks, events)
+
+    def _prefill_call(self, rows: list[Row], chunks: list[list[int]], events: list[Event]) -> None:
+        """Compute `chunks` of the rows' prompts, and the first tokens of those that end."""
         now = time.perf_counter()
-        rows, chunks = self._next_chunks()
         for row in rows:
             row.started = row.started or now
         starts = [row.length for row in rows]
@@ -222,6 +241,9 @@ class Decoder:
         output = self.engine.forward(batch, "last" if any(last) else "none")
         # Before the next call, which may overwrite the logits.
         tokens = [self._next_token(row, output, i) if last[i] else -1 for i, row in enumerate(rows)]
+        for i, row in enumerate(rows):
+            if last[i]:
+                row.score(output.logits, i, [0], [tokens[i]])
         self._extend_prompt(rows, chunks, starts, output.features)
         for i, (row, chunk) in enumerate(zip(rows, chunks, strict=True)):
             row.length += len(chunk)
@@ -229,35 +251,19 @@ class Decoder:
             if row.request.collect_features:
                 row.collected.append(_archived(features[0]))
             if last[i]:
-                row.pending_features = features[:, -1:].clone()
+                row.pending_features = [features[:, -1:].clone()]
                 self._prefilling.remove(row)
                 self._decoding.append(row)
                 row.first_token = time.perf_counter()
                 row.stats.prefill_seconds = row.first_token - row.started
                 self._put_out(row, [tokens[i]], None, events)
 
-    def _next_chunks(self) -> tuple[list[_Row], list[list[int]]]:
-        """Rows of the next prefill call; a row joins when the call stays within its limit and at most half padding."""
-        limit = self.engine.limits.tokens_per_call
-        rows: list[_Row] = []
-        chunks: list[list[int]] = []
-        longest = total = 0
-        for row in self._prefilling:
-            chunk = row.request.prompt[row.length : row.length + limit]
-            padded = (len(rows) + 1) * max(longest, len(chunk))
-            if rows and padded > min(limit, 2 * (total + len(chunk))):
-                continue
-            rows.append(row)
-            chunks.append(chunk)
-            longest, total = max(longest, len(chunk)), total + len(chunk)
-        return rows, chunks
-
-    def _extend_prompt(self, rows: list[_Row], chunks: list[list[int]], starts: list[int], features: Tensor) -> None:
+    def _extend_prompt(self, rows: list[Row], chunks: list[list[int]], starts: list[int], features: Tensor) -> None:
         """Extend the drafter over the prompt entries whose following token is known (all but the prompt's last)."""
         drafted, entries, lengths, index = [], [], [], []
         for i, (row, chunk, start) in enumerate(zip(rows, chunks, starts, strict=True)):
             following = row.request.prompt[start + 1 : start + len(chunk) + 1]
-            if row.request.tree is not None and following:
+            if row.drafts and following:
                 drafted.append(row)
                 entries.append(following)
                 lengths.append(start)
@@ -267,7 +273,7 @@ class Decoder:
             longest = max(map(len, entries))
             self.engine.extend(self._batch(drafted, entries, lengths), features[index, :longest])
 
-    def _next_token(self, row: _Row, output: TargetOutput, index: int) -> int:
+    def _next_token(self, row: Row, output: TargetOutput, index: int) -> int:
         if row.generator is None:
             assert output.greedy is not None
             return int(output.greedy[index, 0])
@@ -275,25 +281,30 @@ class Decoder:
         chance = torch.tensor(uniforms(row.generator, 1), dtype=torch.float64)
         return int(draw(warp(output.logits[index], row.request.sampling), chance)[0])
 
-    def _vanilla_round(self, rows: list[_Row], events: list[Event]) -> None:
+    def _vanilla_round(self, rows: list[Row], events: list[Event]) -> None:
         batch = self._batch(rows, [[row.root] for row in rows], [row.length for row in rows])
         output = self.engine.forward(batch, "last")
         assert output.greedy is not None
         greedy = output.greedy[:, 0].tolist()
         for i, row in enumerate(rows):
             token = greedy[i] if row.generator is None else self._next_token(row, output, i)
+            row.score(output.logits, i, [0], [token])
+            row.stats.passes_by_tree[None] += 1
             self._advance(row, [token], output.features[i : i + 1], 0, events)
 
-    def _tree_round(self, rows: list[_Row], shape: TreeShape, events: list[Event]) -> None:
+    def _tree_round(self, rows: list[Row], shape: TreeShape, events: list[Event]) -> list[int]:
+        """Returns the drafted tokens accepted of each row."""
         engine, fused = self.engine, self._fused
         newly = self._batch(rows, [row.pending for row in rows], [row.draft_length for row in rows])
         pending = _stacked(rows, newly.tokens.shape[1])
-        if fused is not None and all(row.generator is None for row in rows):
+        for row in rows:
+            row.stats.passes_by_tree[shape] += 1
+        if fused is not None and all(row.fusable for row in rows):
             output = fused.speculate(newly, pending, shape)
-            committed = zip(rows, output.tokens.tolist(), output.counts.tolist(), strict=True)
-            for i, (row, tokens, count) in enumerate(committed):
-                self._finish_round(row, tokens[:count], output.features[i : i + 1, :count], shape, events)
-            return
+            results = zip(rows, output.tokens.tolist(), output.counts.tolist(), output.drafted.tolist(), strict=True)
+            for i, (row, tokens, count, drafted) in enumerate(results):
+                self._finish_round(row, tokens[:count], output.features[i : i + 1, :count], drafted, events)
+            return (output.counts - 1).tolist()
         tree = grow_tree(engine, newly, pending, shape)
         lengths = newly.lengths + newly.counts
         batch = TokenBatch(
@@ -307,22 +318,24 @@ class Decoder:
         verified = engine.forward(batch, "all")
         verdict = self._verify(rows, tree, verified)
         features = verified.features.gather(1, verdict.path[:, :, None].expand(-1, -1, verified.features.shape[2]))
-        engine.commit(newly.slots, lengths, verdict.path, verdict.counts)
         accepted = tree.tokens.gather(1, verdict.path).tolist()
         counts, bonus = verdict.counts.tolist(), verdict.bonus.tolist()
-        for i, row in enumerate(rows):
-            tokens = accepted[i][1 : counts[i]]
-            tokens.append(bonus[i])
-            self._finish_round(row, tokens, features[i : i + 1, : counts[i]], shape, events)
+        committed = [[*accepted[i][1 : counts[i]], bonus[i]] for i in range(len(rows))]
+        # Before the next call, which may overwrite the logits.
+        for i, (row, tokens) in enumerate(zip(rows, committed, strict=True)):
+            row.score(verified.logits, i, verdict.path[i, : counts[i]].tolist(), tokens)
+        engine.commit(newly.slots, lengths, verdict.path, verdict.counts)
+        for i, (row, tokens) in enumerate(zip(rows, committed, strict=True)):
+            self._finish_round(row, tokens, features[i : i + 1, : counts[i]], shape.size - 1, events)
+        return [count - 1 for count in counts]
 
-    def _finish_round(
-        self, row: _Row, tokens: list[int], features: Tensor, shape: TreeShape, events: list[Event]
-    ) -> None:
+    def _finish_round(self, row: Row, tokens: list[int], features: Tensor, drafted: int, events: list[Event]) -> None:
         row.draft_length = row.length
-        row.stats.drafted += shape.size - 1
+        row.pending, row.pending_features = [], []
+        row.stats.drafted += drafted
         self._advance(row, tokens, features, len(tokens) - 1, events)
 
-    def _verify(self, rows: list[_Row], tree: Tree, output: TargetOutput) -> Verdict:
+    def _verify(self, rows: list[Row], tree: Tree, output: TargetOutput) -> Verdict:
         assert output.greedy is not None
         sampled = [i for i, row in enumerate(rows) if row.generator is not None]
         if not sampled:
@@ -351,10 +364,11 @@ class Decoder:
         verdict.bonus[sampled] = drawn.bonus
         return Verdict(path, verdict.counts, verdict.bonus)
 
-    def _advance(self, row: _Row, tokens: list[int], features: Tensor, accepted: int, events: list[Event]) -> None:
+    def _advance(self, row: Row, tokens: list[int], features: Tensor, accepted: int, events: list[Event]) -> None:
         """Commit a pass: `tokens` (bonus last) follow the nodes whose `features` [1, len(tokens), F] are given."""
         row.length += len(tokens)
-        row.pending_features = features
+        if row.drafts:
+            row.pending_features.append(features)
         row.stats.target_passes += 1
         counts = row.stats.accepted_counts
         if accepted >= len(counts):
@@ -362,27 +376,31 @@ class Decoder:
         counts[accepted] += 1
         self._put_out(row, tokens, features, events)
 
-    def _put_out(self, row: _Row, tokens: list[int], features: Tensor | None, events: list[Event]) -> None:
+    def _put_out(self, row: Row, tokens: list[int], features: Tensor | None, events: list[Event]) -> None:
         """Append `tokens` to the request and report them; end it when they say so.
 
         `features` [1, len(tokens), F] are those of the tokens before them; None when they are archived already.
         """
-        row.root, row.pending = tokens[-1], tokens
+        row.sequence += tokens
+        row.root = tokens[-1]
+        if row.drafts:
+            row.pending = row.pending + tokens
         kept, reason = row.stop.admit(tokens)
         row.stats.num_output_tokens += len(kept)
         if features is not None and row.request.collect_features:
             row.collected.append(_archived(features[0, : len(kept)]))
         if reason is None:
             if row.length < self.engine.limits.context:
-                events.append(Event(row.id, kept))
+                events.append(Event(row.id, kept, scored=row.scored[: len(kept)]))
                 return
             reason = "length"
         row.stats.decode_seconds = time.perf_counter() - row.first_token
         self._decoding.remove(row)
-        self._slots.release(row.slot)
-        events.append(Event(row.id, kept, True, reason, row.stats, _joined(row.collected)))
+        self._release(row)
+        scored = row.scored[: len(kept)]
+        events.append(Event(row.id, kept, True, reason, row.stats, _joined(row.collected), scored))
 
-    def _batch(self, rows: list[_Row], tokens: list[list[int]], lengths: list[int]) -> TokenBatch:
+    def _batch(self, rows: list[Row], tokens: list[list[int]], lengths: list[int]) -> TokenBatch:
         """A causal batch of the tokens that follow `lengths` entries of each row's slot, padded with zeros."""
         device = self.engine.device
         counts = [len(row) for row in tokens]
@@ -402,17 +420,19 @@ def generate(
     requests: Iterable[Request],
     tokenizer: Tokenizer | None = None,
     on_event: Callable[[Event], None] | None = None,
+    planner: Planner | None = None,
 ) -> list[Result]:
     """Run `requests` to completion, at most ``engine.limits.slots`` at once; results in the order of the requests.
 
     Args:
         tokenizer: needed only for stop words.
         on_event: called with every event; an event's id is the index of its request.
+        planner: chooses the trees of requests with tree "auto".
 
     Raises:
         PrismError: a request that the engine can never run; nothing is run then.
     """
-    decoder = Decoder(engine, tokenizer)
+    decoder = Decoder(engine, tokenizer, planner=planner)
     tokens = {decoder.add(request): list[int]() for request in requests}
     results: dict[int, Result] = {}
     while decoder.active:
@@ -425,56 +445,23 @@ def generate(
     return [results[number] for number in tokens]
 
 
-def _check(request: Request, engine: Engine, tokenizer: Tokenizer | None) -> None:
-    limits, tree = engine.limits, request.tree
-    if not request.prompt:
-        raise PrismError("the prompt is empty: send at least one token")
-    if len(request.prompt) > limits.context:
-        raise PrismError(
-            f"the prompt has {len(request.prompt)} tokens but the engine's context is {limits.context}: shorten it or "
-            "build the engine with a larger context"
-        )
-    if min(request.prompt) < 0 or max(request.prompt) >= engine.vocab_size:
-        raise PrismError(f"the prompt holds a token id outside 0..{engine.vocab_size - 1}: use the target's tokenizer")
-    if request.max_tokens < 1:
-        raise PrismError(f"max_tokens is {request.max_tokens}: ask for at least 1 token")
-    if "" in request.stop_words:
-        raise PrismError("a stop word is empty: remove it")
-    if request.stop_words and tokenizer is None:
-        raise PrismError("stop words need a tokenizer: pass the engine's tokenizer to the decoder")
-    if tree is None:
-        return
-    if not engine.has_drafter:
-        raise PrismError("this engine has no drafter: ask for vanilla decoding or build it with a drafter")
-    if _tokens_per_row(tree) > limits.tokens_per_call:
-        raise PrismError(
-            f"the tree {tree} needs {_tokens_per_row(tree)} tokens per call but the engine allows "
-            f"{limits.tokens_per_call}: choose a smaller tree"
-        )
-    words = engine.vocab_size if engine.draft_vocab is None else len(engine.draft_vocab)
-    if tree.width > words:
-        raise PrismError(
-            f"the tree's width {tree.width} exceeds the draft vocabulary of {words}: choose a smaller width"
-        )
-
-
-def _tokens_per_row(shape: TreeShape) -> int:
-    """The longest of a round's calls: extend (at most depth + 1 tokens), step, verification."""
-    return max(shape.depth + 1, shape.width, shape.size)
-
-
 def _fit(shape: TreeShape | None, room: int) -> TreeShape | None:
     """`shape`, or the largest part of it whose K/V in flight fits into `room` >= 1 entries; None when only one does."""
     if shape is None or max(shape.size, (shape.depth - 1) * shape.width) <= room:
         return shape
     depth = min(shape.depth, 1 + room // shape.width)
     size = min(shape.size, room, 1 + shape.width + (depth - 1) * shape.width**2)
-    return None if size < 2 else TreeShape(depth=depth, width=shape.width, size=size)
+    return None if size < 2 else shape.model_copy(update={"depth": depth, "size": size})
 
 
-def _stacked(rows: list[_Row], longest: int) -> Tensor:
+def _load(rows: list[Row]) -> Load:
+    sampled = sum(row.generator is not None for row in rows)
+    return Load(len(rows) - sampled, sampled, all(row.fusable for row in rows))
+
+
+def _stacked(rows: list[Row], longest: int) -> Tensor:
     """[B, longest, F] the rows' pending features, padded with zeros."""
-    pending = [row.pending_features for row in rows if row.pending_features is not None]
+    pending = [torch.cat(row.pending_features, 1) for row in rows]
     if len(rows) == 1:
         return pending[0]
     stacked = pending[0].new_zeros(len(rows), longest, pending[0].shape[2])

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from prism_trt.config import StrictModel
 
+_FIRST_RANKED = 256
+"""Tokens among which a nucleus is looked for first."""
+
 
 class SamplingParams(StrictModel):
     """How a request's tokens are drawn."""
@@ -40,12 +43,27 @@ def warp(logits: Tensor, params: SamplingParams) -> Tensor:
         scaled = scaled.masked_fill(scaled < smallest, -torch.inf)
     probs = scaled.softmax(-1)
     if params.top_p < 1:
-        ranked, order = probs.sort(dim=-1, descending=True, stable=True)
-        before = ranked.cumsum(-1) - ranked
-        ranked = ranked.masked_fill(before >= params.top_p, 0.0)
-        probs = torch.zeros_like(probs).scatter_(-1, order, ranked)
+        probs = probs * _nucleus(probs, params.top_p)
         probs /= probs.sum(-1, keepdim=True)
     return probs
+
+
+def _nucleus(probs: Tensor, top_p: float) -> Tensor:
+    """[..., V] bool: the smallest set of tokens with probability `top_p`, of equal ones the lowest index first.
+
+    Sorting a whole vocabulary takes about as long as a target pass, and the set is mostly small.
+    """
+    size = min(_FIRST_RANKED, probs.shape[-1])
+    while True:
+        ranked = probs.topk(size).values
+        before = ranked.cumsum(-1) - ranked
+        if size == probs.shape[-1] or bool((before[..., -1] >= top_p).all()):
+            break
+        size = min(4 * size, probs.shape[-1])
+    count = (before < top_p).sum(-1, keepdim=True)
+    edge = ranked.gather(-1, count - 1)
+    above, level = probs > edge, probs == edge
+    return above | (level & (level.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
 
 
 def make_generator(params: SamplingParams) -> torch.Generator | None:

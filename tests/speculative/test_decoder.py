@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from prism_trt.config import TreeShape
-from prism_trt.engines.protocol import TokenBatch
+from prism_trt.engines.protocol import LogitsFor, TargetOutput, TokenBatch
 from prism_trt.errors import PrismError
 from prism_trt.speculative.decoder import Decoder, Event, Request, Result, generate
 from prism_trt.speculative.sampling import SamplingParams
@@ -164,11 +164,53 @@ def test_running_requests_advance_while_another_prefills() -> None:
         assert [event.id for event in decoder.step()] == [running]
 
 
+class CountingEngine(BagEngine):
+    """Counts the tokens that are not padding."""
+
+    computed = 0
+
+    def forward(self, batch: TokenBatch, logits_for: LogitsFor = "all") -> TargetOutput:
+        self.computed += int(batch.counts.sum())
+        return super().forward(batch, logits_for)
+
+
+@pytest.mark.parametrize("prefill_tokens", [8, 20, 1000])
+def test_prompts_are_computed_little_by_little_between_rounds(prefill_tokens: int) -> None:
+    engine = CountingEngine(4, slots=5, tokens_per_call=64)
+    decoder = Decoder(engine, prefill_tokens=prefill_tokens)
+    running = [decoder.add(Request([1, 2], 80, tree=CHAIN)) for _ in range(2)]
+    decoder.step()
+    long, short = decoder.add(Request([3] * 90, 5)), decoder.add(Request([4] * 6, 5))
+    firsts: dict[int, int] = {}
+    for number in range(1, 40):
+        engine.computed = 0
+        events = decoder.step()
+        # No running request misses a round, and no round waits for more prompt tokens than it must.
+        assert {event.id for event in events} >= set(running)
+        rounds = len(running) * CHAIN.size + sum(event.id in firsts for event in events)
+        assert engine.computed - rounds <= min(prefill_tokens, 64)
+        for event in events:
+            firsts.setdefault(event.id, number)
+        if {long, short} <= firsts.keys():
+            break
+    assert firsts[short] <= math.ceil(6 / (prefill_tokens / 2)) < firsts[long] <= 1 + 96 / min(prefill_tokens, 64)
+
+
+def test_a_prompt_has_whole_calls_when_nobody_waits_for_a_round() -> None:
+    engine = BagEngine(4, tokens_per_call=64)
+    decoder = Decoder(engine, prefill_tokens=8)
+    decoder.add(Request([3] * 90, 5))
+    while not decoder.step():
+        pass
+    assert [size for name, size in engine.calls if name == "forward"] == [64, 26]
+
+
 def test_requests_wait_for_a_slot() -> None:
     engine = BagEngine(5, slots=2)
     decoder = Decoder(engine)
+    assert decoder.room == 2
     numbers = [decoder.add(Request([i + 1], 4)) for i in range(5)]
-    assert decoder.active == 5
+    assert (decoder.active, decoder.room) == (5, -3)
     finished = []
     while decoder.active:
         finished += [event.id for event in decoder.step() if event.finished]
@@ -269,6 +311,31 @@ def test_committed_draft_entries_pair_a_true_feature_with_the_next_token(tree: T
         torch.testing.assert_close(engine.draft_pool[slot, :committed], entries[:committed], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("engine_type", [BagEngine, FusedBagEngine])
+def test_log_probabilities_are_those_of_a_full_pass(engine_type: type[BagEngine]) -> None:
+    engine = engine_type(1, slots=4, tokens_per_call=64)
+    sampled = SamplingParams(temperature=0.7, top_k=9, seed=2)
+    prompt = prompts(1)[0]
+    for tree, sampling in product((None, SMALL, LARGE), (SamplingParams(), sampled)):
+        decoder = Decoder(engine)
+        decoder.add(Request(prompt, 30, sampling, tree=tree, log_probs=3))
+        decoder.add(Request(prompt[1:], 30, sampling, tree=tree))
+        events: list[Event] = []
+        while decoder.active:
+            events += [event for event in decoder.step() if event.id == 0 or event.scored]
+        tokens = [token for event in events for token in event.tokens]
+        scored = [entry for event in events for entry in event.scored]
+        assert [entry.token for entry in scored] == tokens
+        assert events[-1].stats is not None and (events[-1].stats.accepted > 0) == (tree is not None)
+        features = full_features(engine, prompt + tokens[:-1])[len(prompt) - 1 :]
+        expected = (2 * features @ engine.head).float().log_softmax(-1)
+        for entry, row in zip(scored, expected, strict=True):
+            assert entry.log_prob == pytest.approx(row[entry.token].item(), abs=1e-4)
+            best = row.topk(3)
+            assert [word for word, _ in entry.alternatives] == best.indices.tolist()
+            assert [value for _, value in entry.alternatives] == pytest.approx(best.values.tolist(), abs=1e-4)
+
+
 def test_features_are_not_kept_unasked() -> None:
     assert run(BagEngine(8), [Request([1, 2], 5)])[0].features is None
 
@@ -281,6 +348,9 @@ def test_statistics_count_what_happened() -> None:
     passes = sum(1 for name, size in engine.calls if (name, size) == ("forward", SMALL.size))
     assert stats.target_passes == passes
     assert stats.drafted == passes * (SMALL.size - 1)
+    assert stats.passes_by_tree == {SMALL: passes}
+    assert stats.accepted_by_step[0] == passes - stats.accepted_counts[0]
+    assert sum(stats.accepted_by_step) == stats.accepted
     assert stats.acceptance_length == 39 / passes
     # The last pass may have accepted tokens beyond max_tokens.
     assert 0 <= stats.accepted + passes - 39 <= SMALL.depth
@@ -290,6 +360,8 @@ def test_statistics_count_what_happened() -> None:
 
     vanilla = run(engine, [Request(prompt, 40)])[0].statistics
     assert (vanilla.target_passes, vanilla.drafted, vanilla.accepted) == (39, 0, 0)
+    assert vanilla.passes_by_tree == {None: 39}
+    assert vanilla.accepted_by_step == []
     assert vanilla.acceptance_length == 1
     assert math.isnan(run(engine, [Request(prompt, 1)])[0].statistics.acceptance_length)
 

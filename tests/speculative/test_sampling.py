@@ -35,6 +35,17 @@ def test_warp_equals_a_plain_reference(seed: int, vocab: int, temperature: float
     torch.testing.assert_close(probs.double(), expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("spread", [0.01, 1.0, 5.0])
+@pytest.mark.parametrize("top_p", [0.05, 0.6, 0.999])
+def test_nuclei_of_large_vocabularies_are_those_of_sorting_everything(spread: float, top_p: float) -> None:
+    logits = (torch.randn(3, 5000, generator=torch.Generator().manual_seed(0)) * spread * 8).round() / 8  # many ties
+    ranked, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
+    ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= top_p, 0.0)
+    expected = torch.zeros_like(ranked).scatter_(-1, order, ranked)
+    expected /= expected.sum(-1, keepdim=True)
+    assert torch.equal(warp(logits, SamplingParams(temperature=1.0, top_p=top_p)), expected)
+
+
 def test_greedy_takes_the_lowest_of_equal_logits() -> None:
     assert warp(torch.tensor([[0.0, 2.0, 2.0], [5.0, 1.0, 1.0]]), SamplingParams()).tolist() == [[0, 1, 0], [1, 0, 0]]
 

@@ -1,0 +1,1 @@
+"""A served engine under load and under faults."""
