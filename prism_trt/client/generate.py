@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import queue
 from collections.abc import Generator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import tritonclient.grpc as grpcclient
@@ -29,6 +31,10 @@ class Options:
     top_p: float | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    log_probs: int | None = None
+    """Also get the tokens' log-probabilities, and those of so many alternatives."""
+    user: str = ""
+    """Users share the server fairly."""
     timeout: float = 120.0
     """Longest wait for the next piece of text, in seconds."""
 
@@ -39,6 +45,8 @@ class Statistics:
 
     finish_reason: str
     num_input_tokens: int
+    num_reused_tokens: int
+    """Input tokens that the server had computed for an earlier request."""
     num_output_tokens: int
     target_passes: int
     drafted: int
@@ -56,6 +64,8 @@ class Chunk:
 
     text: str
     statistics: Statistics | None = None
+    log_probs: tuple[dict[str, Any], ...] = ()
+    """If asked for, the tokens since the last piece, as in `logprobs.content` of OpenAI's chat API."""
 
 
 def stream_generate(url: str, prompt: str, options: Options | None = None) -> Generator[Chunk, None, None]:
@@ -125,6 +135,10 @@ def request_inputs(prompt: str, options: Options) -> list[grpcclient.InferInput]
         values["seed"] = ("UINT64", np.array([[options.seed]], dtype=np.uint64))
     if options.stop:
         values["stop_words"] = ("BYTES", np.array([[word.encode() for word in options.stop]], dtype=np.object_))
+    if options.log_probs is not None:
+        values["top_log_probs"] = ("INT32", np.array([[options.log_probs]], dtype=np.int32))
+    if options.user:
+        values["user"] = ("BYTES", np.array([[options.user.encode()]], dtype=np.object_))
     inputs = []
     for name, (data_type, array) in values.items():
         tensor = grpcclient.InferInput(name, list(array.shape), data_type)
@@ -136,19 +150,23 @@ def request_inputs(prompt: str, options: Options) -> list[grpcclient.InferInput]
 def chunk_of(result: grpcclient.InferResult) -> Chunk:
     """What one response of a stream holds."""
     text = result.as_numpy("text_output").item().decode()
+    described = result.as_numpy("log_probs")
+    log_probs = () if described is None else tuple(json.loads(described.item()))
     if result.as_numpy("finish_reason") is None:
-        return Chunk(text)
+        return Chunk(text, None, log_probs)
     numbers = {
         field: int(result.as_numpy(name).item())
         for field, name in (
             ("num_input_tokens", "num_input_tokens"),
+            ("num_reused_tokens", "num_reused_tokens"),
             ("num_output_tokens", "num_output_tokens"),
             ("target_passes", "num_target_passes"),
             ("drafted", "total_draft_tokens"),
             ("accepted", "total_accepted_draft_tokens"),
         )
     }
-    return Chunk(text, Statistics(finish_reason=result.as_numpy("finish_reason").item().decode(), **numbers))
+    reason = result.as_numpy("finish_reason").item().decode()
+    return Chunk(text, Statistics(finish_reason=reason, **numbers), log_probs)
 
 
 def _sentence(error: InferenceServerException) -> str:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from prism_trt.deploy.server import TritonServer
+    from prism_trt.deploy.supervisor import Supervision
 
 
 def app() -> typer.Typer:
@@ -22,7 +26,7 @@ def app() -> typer.Typer:
         overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing repository.")] = False,
         model: Annotated[str, typer.Option(help="Name of the served model.")] = "prism",
         tree: Annotated[
-            str | None, typer.Option(help="Draft tree SIZE/WIDTH/DEPTH, or none.  [default: the engine's]")
+            str | None, typer.Option(help="Draft tree SIZE/WIDTH/DEPTH, none, or auto.  [default: auto]")
         ] = None,
         slots: Annotated[
             int | None, typer.Option(min=1, help="Requests decoded together.  [default: the engine's]")
@@ -31,9 +35,26 @@ def app() -> typer.Typer:
             int | None, typer.Option(min=1, help="CPU threads.  [default: all processors, at most 16]")
         ] = None,
         backlog: Annotated[int, typer.Option(min=0, help="Requests that may wait before others are refused.")] = 256,
+        prefill_tokens: Annotated[
+            int | None,
+            typer.Option(min=1, help="Prompt tokens computed between two rounds.  [default: a quarter of a call]"),
+        ] = None,
+        prefix_cache: Annotated[
+            bool, typer.Option(help="Keep what was computed for prompts that begin like earlier ones.")
+        ] = True,
         grpc_port: Annotated[int, typer.Option(min=1, max=65535)] = 8001,
         http_port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
         metrics_port: Annotated[int, typer.Option(min=1, max=65535)] = 8002,
+        readiness_port: Annotated[
+            int, typer.Option(min=1, max=65535, help="Port of /ready, which knows whether the model works.")
+        ] = 8003,
+        start_timeout: Annotated[
+            float, typer.Option(min=1, help="Seconds until the first token must be made.")
+        ] = 120.0,
+        hang_timeout: Annotated[
+            float, typer.Option(min=1, help="Seconds of silence after which a hanging server is replaced.")
+        ] = 60.0,
+        restarts: Annotated[int, typer.Option(min=0, help="Replacements in a row of a server that fails.")] = 5,
         grace: Annotated[float, typer.Option(min=0, help="Seconds open requests get when the server stops.")] = 10.0,
         log: Annotated[Path | None, typer.Option(help="File for the server's log.")] = None,
     ) -> None:
@@ -50,6 +71,8 @@ def app() -> typer.Typer:
                 slots=slots,
                 threads=threads,
                 backlog=backlog,
+                prefill_tokens=prefill_tokens,
+                prefix_cache=prefix_cache,
                 overwrite=overwrite,
             )
             typer.echo(f"{repository}: model repository with the model {model}")
@@ -63,7 +86,20 @@ def app() -> typer.Typer:
             # Importing torch is part of this and takes seconds, in which a signal may arrive as well.
             repository = write()
             signals.check()
-            _serve(repository, {"grpc": grpc_port, "http": http_port, "metrics": metrics_port}, grace, log, signals)
+            from prism_trt.deploy.server import TritonServer
+            from prism_trt.deploy.supervisor import Supervision
+
+            server = TritonServer(
+                repository,
+                grpc_port=grpc_port,
+                http_port=http_port,
+                metrics_port=metrics_port,
+                log=log,
+                start_timeout=start_timeout,
+                grace=grace,
+            )
+            supervision = Supervision(canary_patience=hang_timeout / 3, hang_timeout=hang_timeout, restarts=restarts)
+            _serve(server, supervision, readiness_port, signals)
         except _Stop:
             typer.echo("stopped")
         finally:
@@ -102,30 +138,31 @@ class _StopSignals:
             signal.signal(number, handler)
 
 
-def _serve(repository: Path, ports: dict[str, int], grace: float, log: Path | None, signals: _StopSignals) -> None:
+def _serve(server: TritonServer, supervision: Supervision, readiness_port: int, signals: _StopSignals) -> None:
     """Serve until a signal; a second one skips the grace period."""
-    from prism_trt.deploy.server import TritonServer
+    from prism_trt.deploy.readiness import Readiness, serve_readiness
+    from prism_trt.deploy.server import HOST
+    from prism_trt.deploy.supervisor import Supervisor
     from prism_trt.progress import progress
 
-    server = TritonServer(
-        repository,
-        grpc_port=ports["grpc"],
-        http_port=ports["http"],
-        metrics_port=ports["metrics"],
-        log=log,
-        grace=grace,
-    )
-    try:
-        with progress("Starting the server"):
-            server.start()
-        signals.check()
-        typer.echo(f"serving {server.model_name}: gRPC {server.grpc_url}, HTTP {server.http_url}, {server.metrics_url}")
-        server.wait()
-    except _Stop:
-        typer.echo("stopping")
-        raise
-    finally:
+    readiness = Readiness()
+    with serve_readiness(readiness, HOST, readiness_port) as ready_url:
         try:
-            server.stop()
+            with progress("Starting the server"):
+                server.start()
+            signals.check()
+            readiness.problem = None
+            typer.echo(
+                f"serving {server.model_name}: gRPC {server.grpc_url}, HTTP {server.http_url}, {server.metrics_url}, "
+                f"{ready_url}"
+            )
+            Supervisor(server, supervision, readiness, typer.echo).run()
         except _Stop:
-            server.stop()
+            readiness.problem = "the server is stopping"
+            typer.echo("stopping")
+            raise
+        finally:
+            try:
+                server.stop()
+            except _Stop:
+                server.stop()

@@ -1,8 +1,9 @@
 """The tensors of the served model.
 
 Names and types are those of the `ensemble` model of TensorRT-LLM's Triton backend, so its clients work unchanged;
-`chat`, `messages`, `finish_reason` and `num_target_passes` are additions. Inputs whose feature is absent here are
-accepted with their neutral value, which many clients always send, and refused with any other.
+`chat`, `messages`, `user`, `top_log_probs`, `log_probs`, `finish_reason`, `num_reused_tokens` and `num_target_passes`
+are additions. Inputs whose feature is absent here are accepted with their neutral value, which many clients always
+send, and refused with any other.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ INPUTS = (
     Tensor("chat", "BOOL"),
     Tensor("messages", "STRING"),
     Tensor("exclude_input_in_output", "BOOL"),
+    Tensor("user", "STRING"),
     Tensor("temperature", "FP32"),
     Tensor("top_k", "INT32"),
     Tensor("top_p", "FP32"),
@@ -45,6 +47,7 @@ INPUTS = (
     Tensor("presence_penalty", "FP32"),
     Tensor("frequency_penalty", "FP32"),
     Tensor("return_log_probs", "BOOL"),
+    Tensor("top_log_probs", "INT32"),
     Tensor("return_context_logits", "BOOL"),
     Tensor("return_generation_logits", "BOOL"),
     Tensor("return_perf_metrics", "BOOL"),
@@ -61,7 +64,6 @@ NEUTRAL: dict[str, tuple[float, ...]] = {
     "repetition_penalty": (1,),
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
-    "return_log_probs": (False,),
     "return_context_logits": (False,),
     "return_generation_logits": (False,),
     "return_perf_metrics": (False,),
@@ -70,12 +72,15 @@ NEUTRAL: dict[str, tuple[float, ...]] = {
 
 OUTPUTS = (
     Tensor("text_output", "STRING"),
+    Tensor("output_log_probs", "FP32", -1),
+    Tensor("log_probs", "STRING"),
     Tensor("finish_reason", "STRING"),
     Tensor("num_input_tokens", "INT32"),
+    Tensor("num_reused_tokens", "INT32"),
     Tensor("num_output_tokens", "INT32"),
     Tensor("num_target_passes", "INT32"),
     Tensor("total_draft_tokens", "INT32"),
     Tensor("total_accepted_draft_tokens", "INT32"),
     Tensor("acceptance_rate", "FP32"),
 )
-"""All but `text_output` come with a request's last response only."""
+"""Every response has `text_output` and, if asked for, log-probabilities; the rest comes with the last one only."""

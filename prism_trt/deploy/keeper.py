@@ -3,12 +3,14 @@
 Run as a script (``python -I -S keeper.py PLAN``) by `prism_trt.deploy.server`; uses the standard library only, so that
 it starts in milliseconds. It ends the server, with every process below it, when
 
-- it gets SIGTERM (a second one skips the grace period),
+- it gets SIGTERM (a second one skips the grace period) or SIGUSR1 (no grace period at all),
 - the launcher dies, however it dies,
 - a model process dies: Triton 2.51 would keep answering "ready" while open streams hang for ever.
 
-Afterwards it removes the server's shared memory and its runtime directory. Exit codes: 0 stopped on request, 1 the
-server ended by itself, 2 a model process died.
+Afterwards it removes the server's shared memory and its runtime directory. Should it be killed together with its
+launcher, the next start does so: the keeper holds the lock of the runtime directory for as long as it lives.
+
+Exit codes: 0 stopped on request, 1 the server ended by itself, 2 a model process died.
 """
 
 from __future__ import annotations
@@ -23,9 +25,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 STOPPED, SERVER_ENDED, MODEL_DIED = 0, 1, 2
+STOP_NOW = signal.SIGUSR1
 RUNTIME_VARIABLE = "PRISM_TRT_RUNTIME"
 """Environment variable with the runtime directory."""
 MODEL_PREFIX = "model-"
@@ -42,20 +46,37 @@ def prctl(option: int, value: int) -> None:
     ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
-def remove_belongings(runtime: Path, shm_prefix: str) -> None:
-    """Remove what a server that has ended leaves: shared memory and its runtime directory."""
-    for region in Path("/dev/shm").glob(shm_prefix + "*"):
+def shm_prefix(runtime: Path) -> str:
+    """What the names of the shared memory regions begin with of the server whose runtime directory this is."""
+    return f"{runtime.name}_"
+
+
+def remove_belongings(runtime: Path) -> None:
+    """Remove what a server that has ended leaves: processes, shared memory and its runtime directory."""
+    for pid in _processes(runtime):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    for region in Path("/dev/shm").glob(shm_prefix(runtime) + "*"):
         region.unlink(missing_ok=True)
     shutil.rmtree(runtime, ignore_errors=True)
 
 
+def _processes(runtime: Path) -> Iterator[int]:
+    """Every other process that was started with this runtime directory in its environment."""
+    mark = f"{RUNTIME_VARIABLE}={runtime}".encode()
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit() and int(process.name) != os.getpid():
+            with contextlib.suppress(OSError):  # it has ended, or belongs to somebody else
+                if mark in (process / "environ").read_bytes().split(b"\0"):
+                    yield int(process.name)
+
+
 class Keeper:
-    """Owns one server process group. `plan` holds parent, command, runtime, shm_prefix and grace (seconds)."""
+    """Owns one server process group. `plan` holds parent, command, runtime and grace (seconds)."""
 
     def __init__(self, plan: dict) -> None:
         self.parent: int = plan["parent"]
         self.runtime = Path(plan["runtime"])
-        self.shm_prefix: str = plan["shm_prefix"]
         self.grace: float = plan["grace"]
         self.poller = select.poll()
         self.models: dict[int, str] = {}
@@ -79,7 +100,8 @@ class Keeper:
         os.set_blocking(reader, False)
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer)
-        signal.signal(signal.SIGTERM, lambda *_: None)
+        for number in (signal.SIGTERM, STOP_NOW):
+            signal.signal(number, lambda *_: None)
         return reader
 
     def run(self) -> int:
@@ -122,7 +144,8 @@ class Keeper:
     def _stop_politely(self) -> None:
         """Ask the server to end and wait until it has, the grace period is over, or a second signal arrives."""
         with contextlib.suppress(BlockingIOError):
-            os.read(self.signals, 1)
+            if os.read(self.signals, 1)[0] == STOP_NOW:
+                return
         self.server.terminate()
         # An open gRPC stream keeps the server alive past its own exit timeout.
         deadline = time.monotonic() + self.grace + _KILL_MARGIN_SECONDS
@@ -150,7 +173,7 @@ class Keeper:
             except ChildProcessError:
                 break
             time.sleep(0.01)
-        remove_belongings(self.runtime, self.shm_prefix)
+        remove_belongings(self.runtime)
 
 
 def main() -> int:

@@ -43,6 +43,8 @@ def write_repository(
     slots: int | None = None,
     threads: int | None = None,
     backlog: int = 256,
+    prefill_tokens: int | None = None,
+    prefix_cache: bool = True,
     overwrite: bool = False,
 ) -> Path:
     """Write a model repository that serves `engine` at `out`; nothing appears at `out` unless all of it does.
@@ -54,10 +56,15 @@ def write_repository(
         engine: engine directory.
         out: new directory.
         model_name: name under which clients address the model.
-        tree: draft tree as ``SIZE/WIDTH/DEPTH``, or ``none`` to decode without drafting; None: the engine's default.
+        tree: draft tree as ``SIZE/WIDTH/DEPTH``, ``none`` to decode without drafting, or ``auto`` to choose for each
+            round what is fastest; None: ``auto``.
         slots: requests decoded together; None: all slots of the engine.
         threads: CPU threads of the engine; None: the engine's default.
         backlog: requests that may wait for a slot before further ones are refused as UNAVAILABLE.
+        prefill_tokens: prompt tokens computed between two rounds of running requests at most; None: a quarter of what
+            the engine computes in one call.
+        prefix_cache: keep the K/V of ended requests for prompts that begin like them. The time to the first token then
+            tells a client whether somebody has lately sent the same beginning.
         overwrite: replace an existing `out`.
 
     Returns:
@@ -70,19 +77,30 @@ def write_repository(
     manifest = read_engine_manifest(engine)
     if not _MODEL_NAME.fullmatch(model_name):
         raise PrismError(f"{model_name!r} cannot name a model: use letters, digits, dots, dashes and underscores")
-    if tree is not None and tree != "none":
+    if tree not in (None, "none", "auto"):
         TreeShape.parse(tree)
         if manifest.drafter is None:
             raise PrismError(f"{engine} has no drafter, so it cannot draft the tree {tree}: build it with a drafter")
-    for name, value, least in (("slots", slots, 1), ("threads", threads, 1), ("backlog", backlog, 0)):
+    for name, value, least in (
+        ("slots", slots, 1),
+        ("threads", threads, 1),
+        ("backlog", backlog, 0),
+        ("prefill_tokens", prefill_tokens, 1),
+    ):
         if value is not None and value < least:
             raise PrismError(f"{name} must be at least {least}, not {value}")
     parameters = {
         "engine": ENGINE_DIRECTORY,
         "backlog": str(backlog),
+        "prefix_cache": "on" if prefix_cache else "off",
         **{
             name: str(value)
-            for name, value in (("tree", tree), ("slots", slots), ("threads", threads))
+            for name, value in (
+                ("tree", tree),
+                ("slots", slots),
+                ("threads", threads),
+                ("prefill_tokens", prefill_tokens),
+            )
             if value is not None
         },
     }

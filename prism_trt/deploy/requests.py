@@ -9,16 +9,17 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
-from prism_trt.config import StrictModel, TreeShape, parse
+from prism_trt.config import StrictModel, parse
 from prism_trt.deploy.interface import INPUTS, NEUTRAL, REQUIRED
 from prism_trt.errors import PrismError
-from prism_trt.speculative.decoder import Request
+from prism_trt.speculative.request import Request, RequestTree
 from prism_trt.speculative.sampling import SamplingParams
 from prism_trt.target.tokenizer import Tokenizer
 
 _BYTES_PER_TOKEN = 128
 """No tokenizer in use packs more of a text into each token on average."""
 _MOST_STOP_WORDS = 64
+_MOST_USER_BYTES = 1024
 _PARAMETERS_OF_TRITON = "triton_"
 
 
@@ -40,13 +41,15 @@ class Generation:
     stream: bool
     prefix: str
     """What the returned text begins with: the prompt, if the client wants it back."""
+    user: str = ""
+    """Whose it is: users share the server fairly."""
 
 
 def parse_generation(
     inputs: Mapping[str, np.ndarray],
     parameters: Mapping[str, Any],
     tokenizer: Tokenizer,
-    tree: TreeShape | None,
+    tree: RequestTree,
     context: int,
 ) -> Generation:
     """Validate one request.
@@ -87,10 +90,11 @@ def parse_generation(
         stop_words=_stop_words(values),
         eos_token_ids=_eos(one, tokenizer),
         tree=tree,
+        log_probs=one.get("top_log_probs", 0 if one.get("return_log_probs") else None),
     )
     # As in TensorRT-LLM, streams never repeat the prompt.
     prefix = "" if stream or one.get("exclude_input_in_output", False) else text
-    return Generation(request, stream, prefix)
+    return Generation(request, stream, prefix, _user(values))
 
 
 def _values(array: np.ndarray) -> list[Any]:
@@ -155,6 +159,13 @@ def _stop_words(values: Mapping[str, list[Any]]) -> tuple[str, ...]:
     if len(words) > _MOST_STOP_WORDS:
         raise PrismError(f"there are {len(words)} stop words: send at most {_MOST_STOP_WORDS}")
     return words
+
+
+def _user(values: Mapping[str, list[Any]]) -> str:
+    user = "".join(_texts("user", values))
+    if len(user.encode()) > _MOST_USER_BYTES:
+        raise PrismError(f"user has {len(user.encode())} bytes: send at most {_MOST_USER_BYTES}")
+    return user
 
 
 def _eos(one: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -2,19 +2,21 @@
 
 The wheel's server and stub are used as they are; pytriton's own Python code is not. Every server has a keeper process
 (`prism_trt.deploy.keeper`), so neither Ctrl-C nor the sudden death of the launcher leaves a process, a file or a shared
-memory region.
+memory region. What a launcher leaves that is killed together with its keeper, the next start removes.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import fcntl
 import http.client
 import importlib.util
 import json
 import os
 import re
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -25,13 +27,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from prism_trt.client.generate import Options, stream_generate
 from prism_trt.deploy import keeper
+from prism_trt.deploy.canary import ask_for_a_token
 from prism_trt.deploy.repository import read_repository
 from prism_trt.errors import PrismError
 
 HOST = "127.0.0.1"
 _RESTRICTED = "shared-memory,model-repository,model-config,trace,logging,statistics"
+_RUNTIME_PREFIX, _LOCK = "prism_trt_", "lock"
 _POLL_SECONDS = 0.03
 _TAIL_LINES, _LOG_BYTES = 12, 1 << 16
 _LINE_CHARACTERS = 400
@@ -131,6 +134,31 @@ def check_port(port: int, option: str) -> None:
             raise PrismError(f"port {port} cannot be used ({reason}): choose another with {option}") from None
 
 
+def make_runtime_directory() -> tuple[Path, int]:
+    """A new runtime directory and the descriptor that locks it: until it and every inherited copy are closed."""
+    runtime = Path(tempfile.mkdtemp(prefix=f"{_RUNTIME_PREFIX}{os.getpid()}_"))
+    unlocked = runtime / f"{_LOCK}.new"
+    lock = os.open(unlocked, os.O_RDWR | os.O_CREAT)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    # No sweep finds the lock before it is held.
+    unlocked.rename(runtime / _LOCK)
+    return runtime, lock
+
+
+def sweep() -> None:
+    """Remove what servers left whose keepers were killed together with their launchers."""
+    for runtime in Path(tempfile.gettempdir()).glob(_RUNTIME_PREFIX + "*"):
+        with contextlib.suppress(OSError):  # locked, gone meanwhile, or somebody else's
+            if runtime.stat().st_uid != os.getuid():
+                continue
+            lock = os.open(runtime / _LOCK, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                keeper.remove_belongings(runtime)
+            finally:
+                os.close(lock)
+
+
 class TritonServer:
     """A running server over a model repository; a context manager.
 
@@ -166,7 +194,6 @@ class TritonServer:
         self._grace = grace
         self._keeper: subprocess.Popen[bytes] | None = None
         self._runtime: Path | None = None
-        self._shm_prefix = f"prism_trt_{os.getpid()}_{secrets.token_hex(4)}_"
         self._log_start = 0
 
     @property
@@ -192,7 +219,7 @@ class TritonServer:
         self.stop()
 
     def start(self) -> None:
-        """Start the server and generate one token with it.
+        """Start the server and generate one token with it. A server that has been stopped may be started again.
 
         Raises:
             PrismError: a preflight check failed, or the server did not become ready; the sentence is followed by the
@@ -201,6 +228,7 @@ class TritonServer:
         files = find_triton()
         environment = server_environment(files)
         preflight(files, environment)
+        sweep()
         for name, port in self._ports.items():
             if port is None:
                 self._ports[name] = free_port()
@@ -220,33 +248,36 @@ class TritonServer:
         except OSError as error:
             raise PrismError(f"cannot write the log {self._log_path}: {error.strerror}") from None
         self._log_start = os.fstat(self._log.fileno()).st_size
-        self._runtime = Path(tempfile.mkdtemp(prefix=f"prism-trt-server-{os.getpid()}-"))
+        self._runtime, lock = make_runtime_directory()
         backend = self._runtime / "backends" / "python"
         backend.mkdir(parents=True)
         for source in (*files.backend.iterdir(), files.stub):
             (backend / source.name).symlink_to(source)
         plan = {
             "parent": os.getpid(),
-            "command": self._command(files, backend.parent),
+            "command": self._command(files, self._runtime),
             "runtime": str(self._runtime),
-            "shm_prefix": self._shm_prefix,
             "grace": self._grace,
         }
         atexit.register(self.stop)
-        self._keeper = subprocess.Popen(
-            [sys.executable, "-I", "-S", keeper.__file__, json.dumps(plan)],
-            env={**environment, keeper.RUNTIME_VARIABLE: str(self._runtime)},
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        try:
+            self._keeper = subprocess.Popen(
+                [sys.executable, "-I", "-S", keeper.__file__, json.dumps(plan)],
+                env={**environment, keeper.RUNTIME_VARIABLE: str(self._runtime)},
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                pass_fds=(lock,),
+            )
+        finally:
+            os.close(lock)
 
-    def _command(self, files: TritonFiles, backends: Path) -> list[str]:
+    def _command(self, files: TritonFiles, runtime: Path) -> list[str]:
         options = {
             "model-repository": self.repository,
-            "backend-directory": backends,
-            "backend-config": f"python,shm-region-prefix-name={self._shm_prefix}",
+            "backend-directory": runtime / "backends",
+            "backend-config": f"python,shm-region-prefix-name={keeper.shm_prefix(runtime)}",
             "allow-gpu-metrics": "false",
             "exit-timeout-secs": max(1, round(self._grace)),
             "grpc-restricted-protocol": f"{_RESTRICTED}:admin-key={self.admin_key}",
@@ -278,14 +309,12 @@ class TritonServer:
             connection.close()
 
     def probe(self, timeout: float = 10.0) -> None:
-        """Generate one token. The server's own health endpoint stays green when its model hangs; this does not.
+        """Have one token generated. The server's own health endpoint stays green when its model hangs; this does not.
 
         Raises:
-            PrismError: no token came within `timeout` seconds.
+            PrismError: as `prism_trt.deploy.canary.ask_for_a_token`.
         """
-        options = Options(model=self.model_name, max_tokens=1, chat=False, timeout=timeout)
-        for _ in stream_generate(self.grpc_url, "Hello", options):
-            pass
+        ask_for_a_token(self.grpc_url, self.model_name, timeout)
 
     def _cause(self) -> str:
         """Why the model could not be loaded, or else the end of the log."""
@@ -305,35 +334,43 @@ class TritonServer:
             errors="replace"
         )
 
-    def wait(self) -> None:
-        """Block until the server ends.
+    def wait(self, timeout: float | None = None) -> bool:
+        """Block until the server has been stopped; False when it still runs after `timeout` seconds.
 
         Raises:
             PrismError: it ended although nobody stopped it.
         """
         if self._keeper is None:
-            return
-        code = self._keeper.wait()
+            return True
+        try:
+            code = self._keeper.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return False
         if code != keeper.STOPPED:
             cause = "the server's model process died" if code == keeper.MODEL_DIED else "the server ended by itself"
             raise PrismError(f"{cause}: {self._cause()}")
+        return True
 
-    def stop(self) -> None:
-        """End the server; open requests get the grace period unless a second interrupt arrives. Idempotent."""
+    def stop(self, now: bool = False) -> None:
+        """End the server. Idempotent.
+
+        Open requests get the grace period, unless `now` is set or a second interrupt arrives; those that have not
+        ended then end with an error.
+        """
         process = self._keeper
         if process is not None:
             try:
-                process.terminate()
+                process.send_signal(keeper.STOP_NOW if now else signal.SIGTERM)
                 process.wait()
             except BaseException:
-                process.terminate()
+                process.send_signal(keeper.STOP_NOW)
                 process.wait()
                 raise
             self._keeper = None
         atexit.unregister(self.stop)
         if self._runtime is not None:
             # The keeper has done this already, unless it was killed.
-            keeper.remove_belongings(self._runtime, self._shm_prefix)
+            keeper.remove_belongings(self._runtime)
             self._runtime = None
         if self._log is not None:
             with contextlib.suppress(OSError):

@@ -23,17 +23,22 @@ import triton_python_backend_utils as pb_utils
 from prism_trt.config import TreeShape
 from prism_trt.deploy.interface import INPUTS
 from prism_trt.deploy.keeper import MODEL_PREFIX, RUNTIME_VARIABLE
+from prism_trt.deploy.log_probs import describe
+from prism_trt.deploy.metrics import TritonMonitor
 from prism_trt.deploy.requests import parse_generation
 from prism_trt.deploy.scheduler import Fault, Scheduler
 from prism_trt.engines.cpu.engine import CpuEngine
-from prism_trt.engines.loading import load_engine, load_engine_tokenizer
+from prism_trt.engines.loading import load_engine, load_engine_tokenizer, load_planner
 from prism_trt.errors import PrismError
-from prism_trt.speculative.decoder import Request, Statistics, generate
+from prism_trt.speculative.decoder import generate
+from prism_trt.speculative.log_probs import ScoredToken
+from prism_trt.speculative.request import AUTO, Request, RequestTree, Statistics
 from prism_trt.speculative.stopping import FinishReason
+from prism_trt.target.tokenizer import Tokenizer
 
 _WARM_UP_TOKENS = 8
-_FIRST_TOKEN_BUCKETS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30]
-"""Seconds."""
+_PREFILL_SHARE = 4
+"""Part of a call that prompts may fill between two rounds."""
 _CODES: dict[Fault, str] = {"invalid": "INVALID_ARG", "unavailable": "UNAVAILABLE", "internal": "INTERNAL"}
 """Names of Triton's error codes: most of `pb_utils` is not there yet when Triton imports this module."""
 
@@ -43,15 +48,17 @@ log = logging.getLogger(__name__)
 class TritonReply:
     """Sends one request's answer through Triton."""
 
-    def __init__(self, sender: Any) -> None:
+    def __init__(self, sender: Any, tokenizer: Tokenizer) -> None:
         self._sender = sender
+        self._tokenizer = tokenizer
 
-    def text(self, text: str) -> None:
-        self._sender.send(pb_utils.InferenceResponse([_string("text_output", text)]))
+    def text(self, text: str, scored: list[ScoredToken]) -> None:
+        self._sender.send(pb_utils.InferenceResponse(self._piece(text, scored)))
 
-    def finish(self, text: str, reason: FinishReason, statistics: Statistics) -> None:
+    def finish(self, text: str, scored: list[ScoredToken], reason: FinishReason, statistics: Statistics) -> None:
         numbers = {
             "num_input_tokens": statistics.num_input_tokens,
+            "num_reused_tokens": statistics.reused_tokens,
             "num_output_tokens": statistics.num_output_tokens,
             "num_target_passes": statistics.target_passes,
             "total_draft_tokens": statistics.drafted,
@@ -59,7 +66,7 @@ class TritonReply:
         }
         rate = statistics.accepted / statistics.drafted if statistics.drafted else 0.0
         outputs = [
-            _string("text_output", text),
+            *self._piece(text, scored),
             _string("finish_reason", reason),
             *(pb_utils.Tensor(name, np.array([[number]], dtype=np.int32)) for name, number in numbers.items()),
             pb_utils.Tensor("acceptance_rate", np.array([[rate]], dtype=np.float32)),
@@ -73,32 +80,13 @@ class TritonReply:
     def cancelled(self) -> bool:
         return bool(self._sender.is_cancelled())
 
-
-class Metrics:
-    """Counters on the server's Prometheus page, updated when a request finishes."""
-
-    def __init__(self) -> None:
-        self._families: list[Any] = []
-        """Metrics stop working when their families are collected."""
-        self._output_tokens = self._counter("prism_output_tokens_total", "Tokens generated")
-        self._target_passes = self._counter("prism_target_passes_total", "Target passes after the prefill")
-        self._accepted = self._counter("prism_accepted_draft_tokens_total", "Drafted tokens accepted")
-        self._first_token = self._family(
-            "prism_first_token_seconds", "Time to the first token", pb_utils.MetricFamily.HISTOGRAM
-        ).Metric(labels={}, buckets=_FIRST_TOKEN_BUCKETS)
-
-    def __call__(self, statistics: Statistics, first_token_seconds: float) -> None:
-        self._output_tokens.increment(statistics.num_output_tokens)
-        self._target_passes.increment(statistics.target_passes)
-        self._accepted.increment(statistics.accepted)
-        self._first_token.observe(first_token_seconds)
-
-    def _counter(self, name: str, description: str) -> Any:
-        return self._family(name, description, pb_utils.MetricFamily.COUNTER).Metric(labels={})
-
-    def _family(self, name: str, description: str, kind: Any) -> Any:
-        self._families.append(pb_utils.MetricFamily(name=name, description=description, kind=kind))
-        return self._families[-1]
+    def _piece(self, text: str, scored: list[ScoredToken]) -> list[Any]:
+        outputs = [_string("text_output", text)]
+        if scored:
+            log_probs = np.array([[token.log_prob for token in scored]], dtype=np.float32)
+            outputs.append(pb_utils.Tensor("output_log_probs", log_probs))
+            outputs.append(_string("log_probs", json.dumps(describe(scored, self._tokenizer))))
+        return outputs
 
 
 class TritonPythonModel:
@@ -115,22 +103,31 @@ class TritonPythonModel:
         try:
             engine = load_engine(path, threads=_number(settings, "threads"), slots=_number(settings, "slots"))
             self._tokenizer = load_engine_tokenizer(path)
-            self._tree = _tree(settings.get("tree"), engine.default_tree if engine.has_drafter else None)
+            self._tree = _tree(settings.get("tree", AUTO))
+            planner = load_planner(path, engine)
             prompt = self._tokenizer.encode("Hello") or [0]
-            generate(engine, [Request(prompt, _WARM_UP_TOKENS, tree=self._tree)])
+            generate(engine, [Request(prompt, _WARM_UP_TOKENS, tree=self._tree)], planner=planner)
         except PrismError as error:
             raise pb_utils.TritonModelException(str(error)) from None
         if isinstance(engine, CpuEngine):
             torch.set_num_threads(1)  # the engine has threads of its own; torch's would wait for the same processors
         self._context = engine.limits.context
-        self._scheduler = Scheduler(engine, self._tokenizer, int(settings["backlog"]), Metrics())
+        self._scheduler = Scheduler(
+            engine,
+            self._tokenizer,
+            int(settings["backlog"]),
+            prefill_tokens=_number(settings, "prefill_tokens") or -(-engine.limits.tokens_per_call // _PREFILL_SHARE),
+            reuse_prefixes=settings["prefix_cache"] == "on",
+            monitor=TritonMonitor(),
+            planner=planner,
+        )
         log.info("loaded the engine in %.2f s, tree %s", time.perf_counter() - start, self._tree)
         _announce()
 
     def execute(self, requests: list[Any]) -> None:
         """Queue the requests; the scheduler's thread answers."""
         for request in requests:
-            reply = TritonReply(request.get_response_sender())
+            reply = TritonReply(request.get_response_sender(), self._tokenizer)
             try:
                 self._submit(request, reply)
             except PrismError as error:
@@ -163,9 +160,9 @@ def _number(settings: dict[str, str], name: str) -> int | None:
     return int(settings[name]) if name in settings else None
 
 
-def _tree(setting: str | None, default: TreeShape | None) -> TreeShape | None:
-    if setting is None:
-        return default
+def _tree(setting: str) -> RequestTree:
+    if setting == AUTO:
+        return AUTO
     return None if setting == "none" else TreeShape.parse(setting)
 
 

@@ -14,6 +14,8 @@ from prism_trt.frontend.errors import ApiError
 
 PREFIX = "/v1/"
 """Paths that are guarded; the rest is health."""
+_CLIENT = "prism_client"
+_NAME_LETTERS = 16
 _BODY_SECONDS = 30.0
 """Longest silence of a client that is sending its request."""
 
@@ -42,12 +44,18 @@ class ApiKeys:
             raise PrismError(f"{path} holds no API key: write one a line")
         return cls(keys)
 
-    def accept(self, header: bytes) -> bool:
-        """Whether an Authorization header holds one of the keys; takes the same time for all that do not."""
+    def holder(self, header: bytes) -> str | None:
+        """A name for the key that an Authorization header holds; None for any other, after the same time for all."""
         scheme, _, key = header.partition(b" ")
         digest = _digest(key.strip())
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        return scheme.lower() == b"bearer" and any(matches)
+        return digest.hex()[:_NAME_LETTERS] if scheme.lower() == b"bearer" and any(matches) else None
+
+
+def client_of(scope: Scope) -> str | None:
+    """The holder of the key of a request that the guard let pass; None: no key was needed."""
+    name: str | None = scope["state"][_CLIENT]
+    return name
 
 
 class Guard:
@@ -73,7 +81,7 @@ class Guard:
             await self._app(scope, receive, send)
             return
         try:
-            self._check(dict(scope["headers"]))
+            scope.setdefault("state", {})[_CLIENT] = self._check(dict(scope["headers"]))
         except ApiError as error:
             await error.response()(scope, receive, send)
             return
@@ -83,8 +91,9 @@ class Guard:
         finally:
             self._open -= 1
 
-    def _check(self, headers: dict[bytes, bytes]) -> None:
-        if self._keys is not None and not self._keys.accept(headers.get(b"authorization", b"")):
+    def _check(self, headers: dict[bytes, bytes]) -> str | None:
+        client = None if self._keys is None else self._keys.holder(headers.get(b"authorization", b""))
+        if self._keys is not None and client is None:
             raise ApiError(
                 401, "the API key is missing or wrong: send Authorization: Bearer KEY", code="invalid_api_key"
             )
@@ -93,6 +102,7 @@ class Guard:
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._body:
             raise self._too_large()
+        return client
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the request is larger than {self._body} bytes: shorten it", code="request_too_large")

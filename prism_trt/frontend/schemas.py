@@ -95,30 +95,39 @@ class GenerationRequest(Body):
     ) = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = None
-    """Accepted, as all clients may send it; not used."""
+    user: Annotated[Text, Field(max_length=256)] | None = None
+    """Shares the server fairly with other users where no API keys tell clients apart."""
 
     n: Annotated[Any, _only(1)] = None
     presence_penalty: Zero = None
     frequency_penalty: Zero = None
     logit_bias: Empty = None
-    logprobs: Annotated[Any, _only(False)] = None
 
     @property
     def longest(self) -> tuple[str, int | None]:
         """The parameter that limits the answer, and its value in tokens."""
         return "max_tokens", self.max_tokens
 
-    def options(self, model: str, limit: int, timeout: float) -> Options:
+    @property
+    def alternatives(self) -> int | None:
+        """Alternatives to name for each token with their log-probabilities; None: no log-probabilities.
+
+        Raises:
+            ApiError: the parameters contradict each other.
+        """
+        return None
+
+    def options(self, model: str, limit: int, timeout: float, client: str | None) -> Options:
         """The server's settings for this request. Sampling defaults are OpenAI's: temperature 1, top_p 1.
 
         Args:
             model: name of the served model.
             limit: longest answer that may be asked for, in tokens, and what a request that says nothing gets.
             timeout: longest silence of the server, in seconds.
+            client: the holder of the API key; None: there are no keys.
 
         Raises:
-            ApiError: the request asks for more.
+            ApiError: the request asks for more, or its parameters contradict each other.
         """
         name, tokens = self.longest
         if tokens is not None and tokens > limit:
@@ -133,6 +142,8 @@ class GenerationRequest(Body):
             top_p=self.top_p,
             seed=None if self.seed is None else self.seed % 2**64,
             stop=tuple(self.stop or ()),
+            log_probs=self.alternatives,
+            user=self.user or "" if client is None else client,
             timeout=timeout,
         )
 
@@ -178,7 +189,8 @@ class ChatRequest(GenerationRequest):
     store: Annotated[Any, _only(False)] = None
     tool_choice: Annotated[Any, _only("none", "auto")] = None
     tools: Empty = None
-    top_logprobs: Annotated[Any, _only(0)] = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     verbosity: Refused = None
     web_search_options: Refused = None
 
@@ -188,6 +200,13 @@ class ChatRequest(GenerationRequest):
         if self.max_completion_tokens is None:
             return super().longest
         return "max_completion_tokens", self.max_completion_tokens
+
+    @property
+    def alternatives(self) -> int | None:
+        """`top_logprobs`, which needs `logprobs`."""
+        if not self.logprobs and self.top_logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs: send logprobs true", "top_logprobs", "invalid_value")
+        return self.top_logprobs or 0 if self.logprobs else None
 
     @property
     def conversation(self) -> list[dict[str, str]]:
@@ -205,10 +224,15 @@ class CompletionRequest(GenerationRequest):
 
     best_of: Annotated[Any, _only(1)] = None
     echo: Annotated[Any, _only(False)] = None
-    logprobs: Refused = None
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     suffix: Refused = None
 
     @property
     def longest(self) -> tuple[str, int | None]:
         """OpenAI's default is short."""
         return "max_tokens", self.max_tokens or _DEFAULT_COMPLETION_TOKENS
+
+    @property
+    def alternatives(self) -> int | None:
+        """`logprobs` is a number here."""
+        return self.logprobs

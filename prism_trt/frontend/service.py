@@ -21,8 +21,8 @@ from starlette.types import Receive, Scope, Send
 from prism_trt.client.generate import Chunk, Statistics
 from prism_trt.config import StrictModel
 from prism_trt.frontend.errors import ApiError, invalid_request
-from prism_trt.frontend.formats import DONE, Answer, event
-from prism_trt.frontend.guard import ApiKeys, Guard
+from prism_trt.frontend.formats import DONE, Answer, Entry, event
+from prism_trt.frontend.guard import ApiKeys, Guard, client_of
 from prism_trt.frontend.schemas import ChatRequest, CompletionRequest, GenerationRequest
 from prism_trt.frontend.triton import TritonClient, read_authorities
 
@@ -81,7 +81,7 @@ def create_app(settings: Settings, keys: ApiKeys | None) -> FastAPI:
         request: Request, body: GenerationRequest, answer: Answer, prompt: str, messages: list[dict[str, str]] | None
     ) -> Response:
         card(body.model)
-        options = body.options(settings.model, settings.max_tokens, settings.timeout)
+        options = body.options(settings.model, settings.max_tokens, settings.timeout, client_of(request.scope))
         triton: TritonClient = request.app.state.triton
         chunks = triton.generate(prompt, messages, options, answer.id)
         if body.stream:
@@ -139,11 +139,12 @@ async def _events(answer: Answer, first: Chunk, chunks: AsyncGenerator[Chunk, No
     async with aclosing(chunks):
         for value in answer.start():
             yield event(value)
-        chunk = first
+        chunk, offset = first, 0
         try:
             while True:
-                if chunk.text:
-                    yield event(answer.piece(chunk.text))
+                if chunk.text or chunk.log_probs:
+                    yield event(answer.piece(chunk.text, chunk.log_probs, offset))
+                    offset += sum(len(entry["token"]) for entry in chunk.log_probs)
                 if chunk.statistics is not None:
                     break
                 chunk = await anext(chunks)
@@ -158,13 +159,14 @@ async def _events(answer: Answer, first: Chunk, chunks: AsyncGenerator[Chunk, No
 
 async def _collect(answer: Answer, chunks: AsyncGenerator[Chunk, None]) -> dict[str, Any]:
     """The whole answer."""
-    text = ""
+    text, log_probs = "", list[Entry]()
     async with aclosing(chunks):
         async for chunk in chunks:
             text += chunk.text
+            log_probs += chunk.log_probs
             if chunk.statistics is not None:
                 _log(answer, chunk.statistics)
-                return answer.whole(text, chunk.statistics)
+                return answer.whole(text, log_probs, chunk.statistics)
     raise ApiError(500, "the model server failed: see its log")
 
 

@@ -18,6 +18,8 @@ from prism_trt.target.tokenizer import Tokenizer
 from tests.tiny import tiny_drafter, tiny_target
 
 SLOTS = 4
+TREE = "8/4/5"
+"""The engine's own: what a planner would choose depends on the machine's load."""
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +45,8 @@ def tokenizer(engine_path: Path) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def repository(engine_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_repository(engine_path, tmp_path_factory.mktemp("serving") / "repository", threads=1, backlog=8)
+    out = tmp_path_factory.mktemp("serving") / "repository"
+    return write_repository(engine_path, out, tree=TREE, threads=1, backlog=8)
 
 
 @pytest.fixture(scope="session")

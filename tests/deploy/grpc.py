@@ -25,9 +25,16 @@ def tensor(value: Any) -> np.ndarray:
 
 
 def ask(
-    url: str, inputs: dict[str, Any], parameters: dict[str, Any] | None = None, timeout_us: int | None = None
+    url: str,
+    inputs: dict[str, Any],
+    parameters: dict[str, Any] | None = None,
+    timeout_us: int | None = None,
+    scalars: bool = True,
 ) -> list[dict[str, Any]]:
-    """All responses to one request, as dictionaries of scalars; an error is ``{"error": message}`` and the last."""
+    """All responses to one request, as dictionaries of arrays, or of the scalars in those that hold but one.
+
+    An error is ``{"error": message}`` and the last.
+    """
     answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
     tensors = []
     for name, value in inputs.items():
@@ -44,6 +51,9 @@ def ask(
                 responses.append({"error": error.message()})
                 continue
             outputs = [output.name for output in result.get_response().outputs]
-            responses.append({name: result.as_numpy(name).item() for name in outputs})
+            arrays = {name: result.as_numpy(name) for name in outputs}
+            responses.append(
+                {name: array.item() if scalars and array.size == 1 else array for name, array in arrays.items()}
+            )
         client.stop_stream()
     return responses

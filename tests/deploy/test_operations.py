@@ -16,8 +16,10 @@ import promql_parser
 import pytest
 import yaml
 
+from prism_trt.config import TreeShape
 from prism_trt.deploy.server import TritonServer, free_port
 from prism_trt.resources import resource
+from tests.deploy.grpc import ask
 
 FILES = resource("deploy")
 FIRST_SOUND_TRITON = (25, 7)
@@ -155,13 +157,53 @@ def expressions() -> list[str]:
 
 
 def test_queries_read_only_what_a_server_exports(server: TritonServer) -> None:
-    server.probe()
+    inputs = {"text_input": "The quick", "max_tokens": 20}
+    for _ in range(2):
+        ask(server.grpc_url, inputs)
     page = httpx.get(server.metrics_url).text
     exported = set(re.findall(r"^(\w+)(?:{.*})? \S+$", page, re.MULTILINE))
     read = set().union(*map(names_in, expressions()))
-    assert len(read) > 5
+    assert len(read) > 12
     assert read - OF_PROMETHEUS <= exported
     assert 'reason="CANCELED"' in page
+    # Label values that queries name, or count on.
+    for label in (
+        'state="running"',
+        'state="waiting"',
+        'state="cached"',
+        'step="0"',
+        'cause="overload"',
+        'cause="engine"',
+    ):
+        assert label in page
+    trees = set(re.findall(r'prism_target_passes_total{.*tree="([^"]+)"', page))
+    assert trees
+    assert all(tree == "none" or TreeShape.parse(tree) for tree in trees)
+
+
+def test_metrics_add_up(server: TritonServer) -> None:
+    def read() -> dict[str, float]:
+        values: dict[str, float] = {}
+        for name, value in re.findall(
+            r"^(prism_\w+)(?:{.*})? (\S+)$", httpx.get(server.metrics_url).text, re.MULTILINE
+        ):
+            values[name] = values.get(name, 0.0) + float(value)
+        return values
+
+    before = read()
+    (answer,) = ask(server.grpc_url, {"text_input": "The lazy dog", "max_tokens": 30, "end_id": -1})
+    after = {name: value - before.get(name, 0.0) for name, value in read().items()}
+    assert after["prism_prompt_tokens_total"] == answer["num_input_tokens"]
+    assert after["prism_prefix_hit_tokens_total"] == answer["num_reused_tokens"]
+    assert after["prism_output_tokens_total"] == answer["num_output_tokens"] == 30
+    assert after["prism_target_passes_total"] == answer["num_target_passes"]
+    assert after["prism_accepted_draft_tokens_total"] == answer["total_accepted_draft_tokens"]
+    assert after["prism_inter_token_seconds_count"] == answer["num_target_passes"]
+    for name in ("prism_queue_seconds_count", "prism_first_token_seconds_count", "prism_finished_requests_total"):
+        assert after[name] == 1
+    assert after["prism_first_token_seconds_sum"] >= after["prism_queue_seconds_sum"] > 0
+    assert after["prism_kv_slots"] == 0
+    assert after["prism_failed_requests_total"] == 0
 
 
 def canaries() -> list[str]:

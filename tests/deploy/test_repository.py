@@ -16,6 +16,7 @@ from prism_trt.deploy import repository as writer
 from prism_trt.deploy.repository import MANIFEST, read_repository, write_repository
 from prism_trt.errors import PrismError
 from prism_trt.manifest import verify_files
+from tests.deploy.conftest import TREE
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,7 +25,13 @@ def test_contents(repository: Path, engine_path: Path) -> None:
     manifest = read_repository(repository)
     verify_files(repository, manifest)
     assert manifest["model"] == "prism"
-    assert manifest["parameters"] == {"engine": "engine", "backlog": "8", "threads": "1"}
+    assert manifest["parameters"] == {
+        "engine": "engine",
+        "backlog": "8",
+        "prefix_cache": "on",
+        "tree": TREE,
+        "threads": "1",
+    }
     served = repository / "prism" / "1" / "engine"
     names = sorted(path.relative_to(engine_path) for path in engine_path.rglob("*"))
     assert sorted(path.relative_to(served) for path in served.rglob("*")) == names
@@ -73,6 +80,7 @@ def test_overwrite_must_be_asked_for(engine_path: Path, tmp_path: Path) -> None:
         ({"slots": 0}, "slots must be at least 1"),
         ({"threads": 0}, "threads must be at least 1"),
         ({"backlog": -1}, "backlog must be at least 0"),
+        ({"prefill_tokens": 0}, "prefill_tokens must be at least 1"),
     ],
 )
 def test_mistakes(engine_path: Path, tmp_path: Path, arguments: dict[str, Any], sentence: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,11 +23,12 @@ CONVERSATION = [
 ]
 
 
-def parse(tokenizer: Tokenizer, text: str, messages: str, context: int = 512) -> Generation:
+def parse(tokenizer: Tokenizer, text: str, messages: str, context: int = 512, **others: Any) -> Generation:
     inputs = {
         "text_input": np.array([[text.encode()]], dtype=np.object_),
         "messages": np.array([[messages.encode()]], dtype=np.object_),
         "max_tokens": np.array([[4]], dtype=np.int32),
+        **others,
     }
     return parse_generation(inputs, {}, tokenizer, None, context)
 
@@ -65,3 +67,20 @@ def test_what_is_no_conversation_is_refused_in_one_sentence(text: str, messages:
     with pytest.raises(PrismError, match=sentence) as refused:
         parse(tiny_tokenizer(), text, messages)
     assert "\n" not in str(refused.value)
+
+
+def test_log_probabilities_are_asked_for_in_two_ways() -> None:
+    def alternatives(**others: Any) -> int | None:
+        return parse(tiny_tokenizer(), "fox", "", **others).request.log_probs
+
+    assert alternatives() is None
+    assert alternatives(return_log_probs=np.array([[False]])) is None
+    assert alternatives(return_log_probs=np.array([[True]])) == 0
+    assert alternatives(top_log_probs=np.array([[0]], dtype=np.int32)) == 0
+    assert alternatives(top_log_probs=np.array([[5]], dtype=np.int32), return_log_probs=np.array([[True]])) == 5
+
+
+def test_requests_have_a_user() -> None:
+    user = np.array([["Größe".encode()]], dtype=np.object_)
+    assert parse(tiny_tokenizer(), "fox", "", user=user).user == "Größe"
+    assert parse(tiny_tokenizer(), "fox", "").user == ""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import http.client
 import os
+import queue
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,9 +25,12 @@ import pytest
 from prism_trt.client.generate import Options, stream_generate
 from prism_trt.deploy import keeper
 from prism_trt.deploy.app import _Stop, _StopSignals
+from prism_trt.deploy.readiness import READY, Readiness
 from prism_trt.deploy.repository import MANIFEST
-from prism_trt.deploy.server import TritonServer, find_triton, free_port, preflight, server_environment
+from prism_trt.deploy.server import TritonServer, find_triton, free_port, preflight, server_environment, sweep
+from prism_trt.deploy.supervisor import Supervision, Supervisor
 from prism_trt.errors import PrismError
+from tests.deploy.conftest import SLOTS
 
 ROOT = Path(__file__).parents[2]
 SHARED_MEMORY = Path("/dev/shm")
@@ -34,15 +40,7 @@ PATIENCE = 60
 
 def belongings(pid: int) -> list[Path]:
     """Shared memory and temporary directories of the servers that process `pid` started."""
-    directories = [path for path in Path(tempfile.gettempdir()).glob("prism-trt-server-*") if _owner(path) == pid]
-    return [*SHARED_MEMORY.glob(f"prism_trt_{pid}_*"), *directories]
-
-
-def _owner(path: Path) -> int:
-    try:
-        return int(path.name.split("-")[3])
-    except (IndexError, ValueError):
-        return -1
+    return [*SHARED_MEMORY.glob(f"prism_trt_{pid}_*"), *Path(tempfile.gettempdir()).glob(f"prism_trt_{pid}_*")]
 
 
 def below(pid: int) -> list[psutil.Process]:
@@ -70,10 +68,11 @@ def launch(engine_path: Path, tmp_path: Path) -> Iterator[Launch]:
     """Starts `python -m prism_trt.deploy --run`; kills it at the end if it is still there."""
     processes = []
 
-    def start(grpc_port: int | None = None, grace: int = 0) -> subprocess.Popen[str]:
+    def start(grpc_port: int | None = None, grace: int = 0, readiness_port: int | None = None) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "prism_trt.deploy", "--engine", engine_path, "--out", tmp_path / "repository"]
         command += ["--run", "--threads", 1, "--grace", grace, "--grpc-port", grpc_port or free_port()]
         command += ["--http-port", free_port(), "--metrics-port", free_port()]
+        command += ["--readiness-port", readiness_port or free_port(), "--start-timeout", 10 * PATIENCE]
         processes.append(
             subprocess.Popen(
                 [str(part) for part in command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -203,6 +202,144 @@ def test_a_dead_model_process_ends_the_server_instead_of_hanging_it(repository: 
             list(stream)
         with pytest.raises(PrismError, match="the server's model process died"):
             server.wait()
+
+
+def named(name: str, processes: list[psutil.Process]) -> psutil.Process:
+    """The launcher's keeper, its server, or its model process."""
+    (found,) = [
+        process
+        for process in processes
+        if (process.name() if name != "keeper" else " ".join(process.cmdline())).count(name)
+    ]
+    return found
+
+
+def readiness(port: int) -> tuple[int, str]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+    with contextlib.closing(connection):
+        connection.request("GET", READY)
+        response = connection.getresponse()
+        return response.status, response.read().decode().strip()
+
+
+@pytest.mark.parametrize(
+    "victim",
+    [
+        "triton_python",
+        pytest.param("tritonserver", marks=pytest.mark.slow),
+        pytest.param("keeper", marks=pytest.mark.slow),
+    ],
+)
+def test_a_server_that_dies_is_replaced(launch: Launch, victim: str) -> None:
+    grpc_port, readiness_port = free_port(), free_port()
+    process = launch(grpc_port, readiness_port=readiness_port)
+    await_line(process, "serving")
+    assert readiness(readiness_port) == (200, "ready")
+    url, short = f"127.0.0.1:{grpc_port}", Options(max_tokens=20, timeout=10 * PATIENCE)
+    before = [chunk.text for chunk in stream_generate(url, "fox", short)]
+    streams = [stream_generate(url, "fox", Options(max_tokens=480, timeout=10 * PATIENCE)) for _ in range(SLOTS)]
+    for stream in streams:
+        next(stream)
+    started = below(process.pid)
+    named(victim, started).kill()
+    await_line(process, "restart 1 of 5 in 1 s: the server")
+    assert readiness(readiness_port)[0] == 503
+    for stream in streams:
+        with pytest.raises(PrismError, match="the server answered"):
+            list(stream)
+    await_line(process, "serving again after")
+    assert readiness(readiness_port) == (200, "ready")
+    assert not [one for one in started if one.is_running()]
+    assert "".join(chunk.text for chunk in stream_generate(url, "fox", short)) == "".join(before)
+    started = below(process.pid)
+    process.terminate()
+    assert process.wait(PATIENCE) == 0
+    assert_gone(started, process.pid)
+
+
+QUICK = {"canary_interval": 0.2, "canary_patience": 5.0, "hang_timeout": 1.0, "first_delay": 0.01}
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_a_server_that_hangs_is_replaced(repository: Path) -> None:
+    state, said = Readiness(), queue.Queue[str]()
+    before = below(os.getpid())
+
+    def model() -> psutil.Process:
+        return named("triton_python", [process for process in below(os.getpid()) if process not in before])
+
+    with TritonServer(repository, grace=0, start_timeout=10 * PATIENCE) as server:
+        supervisor = Supervisor(server, Supervision(**QUICK, restarts=1), state, said.put)
+        watching = threading.Thread(target=run_to_the_end, args=(supervisor, said), daemon=True)
+        watching.start()
+        hanging = model()
+        hanging.suspend()
+        assert "restart 1 of 1 in 0.01 s: the model has not worked for" in said.get(timeout=10 * PATIENCE)
+        assert state.problem is not None
+        assert said.get(timeout=10 * PATIENCE).startswith("serving again")
+        server.probe(PATIENCE)
+        assert not hanging.is_running()
+        assert state.problem is None
+        model().kill()
+        assert "restart" not in said.get(timeout=10 * PATIENCE), "it gave up, as it was told"
+        watching.join(PATIENCE)
+
+
+def run_to_the_end(supervisor: Supervisor, said: queue.Queue[str]) -> None:
+    try:
+        supervisor.run()
+    except PrismError as error:
+        said.put(str(error))
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_restarts_are_bounded(repository: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(repository, copy)
+    before = below(os.getpid())
+    said: list[str] = []
+    with TritonServer(copy, grace=0, start_timeout=10 * PATIENCE) as server:
+        tokenizer = copy / "prism" / "1" / "engine" / "tokenizer" / "tokenizer.json"
+        tokenizer.write_bytes(b"x" * tokenizer.stat().st_size)
+        named("triton_python", [process for process in below(os.getpid()) if process not in before]).kill()
+        with pytest.raises(PrismError, match=r"the server could not start: .* is not a valid tokenizer"):
+            Supervisor(server, Supervision(**QUICK, restarts=2), Readiness(), said.append).run()
+    assert [line.split(":")[0] for line in said] == ["restart 1 of 2 in 0.01 s", "restart 2 of 2 in 0.02 s"]
+
+
+def test_delays_between_restarts_double_up_to_a_bound() -> None:
+    supervision = Supervision(first_delay=1, longest_delay=5)
+    assert [supervision.delay(restart) for restart in (1, 2, 3, 4, 50)] == [1, 2, 4, 5, 5]
+
+
+def test_a_busy_model_is_not_taken_for_a_hanging_one(server: TritonServer) -> None:
+    streams = [stream_generate(server.grpc_url, "fox", Options(max_tokens=480)) for _ in range(SLOTS)]
+    for stream in streams:
+        next(stream)
+    server.probe(timeout=0.6)
+    assert all(next(stream).statistics is None for stream in streams)
+    for stream in streams:
+        stream.close()
+
+
+def test_the_next_start_removes_what_a_killed_launcher_and_keeper_left(launch: Launch, server: TritonServer) -> None:
+    process = launch()
+    await_line(process, "serving")
+    started = below(process.pid)
+    guard, model = named("keeper", started), named("triton_python", started)
+    guard.suspend()
+    model.suspend()  # as one that hangs; it cannot notice that its server has gone
+    process.kill()
+    process.communicate(timeout=PATIENCE)
+    sweep()
+    assert len(belongings(process.pid)) == 2, "the keeper still lives"
+    guard.kill()
+    psutil.wait_procs([one for one in started if one != model], timeout=PATIENCE)
+    assert model.is_running()
+    sweep()
+    psutil.wait_procs(started, timeout=PATIENCE)
+    assert_gone(started, process.pid)
+    server.probe()
 
 
 def test_port_in_use(repository: Path) -> None:

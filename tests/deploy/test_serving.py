@@ -23,7 +23,8 @@ from prism_trt.client.generate import Chunk, Options, stream_generate
 from prism_trt.deploy.server import TritonServer, free_port
 from prism_trt.engines.protocol import Engine
 from prism_trt.errors import PrismError
-from prism_trt.speculative.decoder import Request, Result, generate
+from prism_trt.speculative.decoder import Decoder, Result, generate
+from prism_trt.speculative.request import Request
 from prism_trt.speculative.sampling import SamplingParams
 from prism_trt.speculative.stopping import TextStream
 from prism_trt.target.detokenize import DetokenizerStream
@@ -174,7 +175,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "beam search": ({**GOOD, "beam_width": 4}, "beam_width=4 is not supported"),
     "two sequences": ({**GOOD, "num_return_sequences": 2}, "num_return_sequences=2 is not supported"),
     "repetition penalty": ({**GOOD, "repetition_penalty": 1.1}, "repetition_penalty=1.1 is not supported"),
-    "log probs": ({**GOOD, "return_log_probs": True}, "return_log_probs=True is not supported"),
+    "logits": ({**GOOD, "return_generation_logits": True}, "return_generation_logits=True is not supported"),
+    "21 log probs": ({**GOOD, "top_log_probs": 21}, "21 alternatives per token are asked for: ask for 0 to 20"),
+    "long user": ({**GOOD, "user": "u" * 1025}, "user has 1025 bytes"),
     "end_id outside": ({**GOOD, "end_id": 100000}, "end_id=100000 is no token"),
     "100 stop words": ({**GOOD, "stop_words": [f"w{i}" for i in range(100)]}, "100 stop words"),
 }
@@ -214,7 +217,53 @@ def test_inputs_that_ask_for_nothing_are_accepted(server: TritonServer) -> None:
         "temperature": 1.0,
         "seed": np.array([[2**64 - 1]], dtype=np.uint64),
     }
-    assert ask(server.grpc_url, {**GOOD, **neutral}) == ask(server.grpc_url, GOOD)
+    responses = [ask(server.grpc_url, inputs) for inputs in ({**GOOD, **neutral}, GOOD)]
+    for (response,) in responses:
+        del response["num_reused_tokens"]
+    assert responses[0] == responses[1]
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7, "seed": np.array([[3]], dtype=np.uint64)}], ids=str)
+def test_log_probabilities(
+    server: TritonServer, engine: Engine, tokenizer: Tokenizer, sampling: dict[str, Any]
+) -> None:
+    inputs = {"text_input": "Größe 東京", "max_tokens": 24, "end_id": -1, **sampling}
+    params = SamplingParams(temperature=0.7, seed=3) if sampling else SamplingParams()
+    request = Request(tokenizer.encode("Größe 東京"), 24, params, tree=engine.default_tree, log_probs=3)
+    decoder, expected = Decoder(engine), []
+    decoder.add(request)
+    while decoder.active:
+        for event in decoder.step():
+            expected += event.scored
+
+    responses = ask(server.grpc_url, {**inputs, "top_log_probs": 3, "stream": True})
+    assert len(responses) > 3
+    entries = [entry for response in responses for entry in json.loads(response.get("log_probs", b"[]"))]
+    assert [entry["logprob"] for entry in entries] == [token.log_prob for token in expected]
+    assert [[top["logprob"] for top in entry["top_logprobs"]] for entry in entries] == [
+        [log_prob for _, log_prob in token.alternatives] for token in expected
+    ]
+    said = b"".join(bytes(entry["bytes"]) for entry in entries).decode(errors="replace")
+    text = b"".join(response["text_output"] for response in responses).decode()
+    assert re.sub(r"<\|\w+\|>", "", said) == text
+    # What clients of TensorRT-LLM ask for, and get.
+    (whole,) = ask(server.grpc_url, {**inputs, "return_log_probs": True}, scalars=False)
+    assert whole["output_log_probs"].tolist() == [pytest.approx([token.log_prob for token in expected])]
+    (plain,) = ask(server.grpc_url, inputs)
+    assert not {"log_probs", "output_log_probs"} & plain.keys()
+    assert text in plain["text_output"].decode()
+
+
+def test_a_conversation_goes_on_where_it_was(server: TritonServer, engine: Engine, tokenizer: Tokenizer) -> None:
+    prompt = "The quick brown fox jumps over the lazy dog; the dog sleeps. "
+    request = Request(tokenizer.encode(prompt), 12, tree=engine.default_tree, eos_token_ids=tokenizer.eos_token_ids)
+    (result,) = generate(engine, [request])
+    before = metric(server, "prism_prefix_hit_tokens_total")
+    for _ in range(2):
+        (response,) = ask(server.grpc_url, {"text_input": prompt, "max_tokens": 12, "exclude_input_in_output": True})
+        assert response["text_output"].decode() == tokenizer.decode(result.tokens)
+    assert response["num_reused_tokens"] == len(request.prompt) - 1
+    assert metric(server, "prism_prefix_hit_tokens_total") >= before + len(request.prompt) - 1
 
 
 def test_the_prompt_comes_back_unless_excluded_or_streamed(server: TritonServer) -> None:

@@ -1,14 +1,16 @@
-"""Mistakes on the command line."""
+"""Mistakes on the command line, keys and users."""
 
 from __future__ import annotations
 
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from prism_trt.cli import load, run
 from prism_trt.frontend.guard import ApiKeys
+from prism_trt.frontend.schemas import CompletionRequest
 
 
 def sentence(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -34,9 +36,22 @@ def test_mistakes_are_one_sentence(capsys: pytest.CaptureFixture[str], tmp_path:
 
 def test_keys() -> None:
     keys = ApiKeys(["one", "zwölf"])
-    assert keys.accept(b"Bearer one")
-    assert keys.accept(b"bearer  one ")
-    assert keys.accept("Bearer zwölf".encode())
+    assert keys.holder(b"Bearer one")
+    assert keys.holder(b"bearer  one ")
+    assert keys.holder("Bearer zwölf".encode())
     for header in (b"", b"Bearer", b"Bearer on", b"Bearer onee", b"Bearer one one", b"Token one", b"one"):
-        assert not keys.accept(header)
+        assert not keys.holder(header)
     assert b"one" not in repr(vars(keys)).encode()
+    names = {keys.holder(header) for header in (b"Bearer one", b"bearer one", "Bearer zwölf".encode())}
+    assert len(names) == 2
+
+
+def test_users_are_the_holders_of_keys_or_who_they_say_they_are() -> None:
+    body = {"model": "prism", "prompt": "a", "user": "somebody"}
+
+    def user(client: str | None, **changes: Any) -> str:
+        return CompletionRequest(**{**body, **changes}).options("prism", 100, 1.0, client).user
+
+    assert user("a name") == "a name"
+    assert user(None) == "somebody"
+    assert user(None, user=None) == ""

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ import pytest
 from prism_trt.client.generate import Options, stream_generate
 from prism_trt.deploy.server import TritonServer, free_port
 from prism_trt.engines.protocol import Engine
-from prism_trt.speculative.decoder import Request, generate
+from prism_trt.speculative.decoder import Decoder, generate
+from prism_trt.speculative.log_probs import ScoredToken
+from prism_trt.speculative.request import Request
 from prism_trt.speculative.sampling import SamplingParams
 from prism_trt.target.tokenizer import Tokenizer
 from tests.deploy.conftest import SLOTS
@@ -48,6 +51,19 @@ def expected(engine: Engine, tokenizer: Tokenizer, prompt: list[int], tokens: in
     (result,) = generate(engine, [request], tokenizer)
     assert len(result.tokens) == tokens
     return tokenizer.decode(result.tokens)
+
+
+def scored(
+    engine: Engine, tokenizer: Tokenizer, prompt: list[int], tokens: int, alternatives: int
+) -> list[ScoredToken]:
+    """The same with log-probabilities, greedy."""
+    decoder, found = Decoder(engine), list[ScoredToken]()
+    request = Request(prompt, tokens, eos_token_ids=tokenizer.eos_token_ids, tree=engine.default_tree)
+    decoder.add(replace(request, log_probs=alternatives))
+    while decoder.active:
+        for event in decoder.step():
+            found += event.scored
+    return found
 
 
 def _seed(sampling: dict[str, Any]) -> dict[str, int]:
@@ -83,7 +99,9 @@ def test_chat_streamed_equals_whole_equals_in_process(
     assert [piece.choices[0].finish_reason for piece in pieces] == [None] * len(pieces)
     assert last.choices[0].finish_reason == "length"
     assert usage.choices == []
-    assert usage.usage == whole.usage
+    details = usage.usage.prompt_tokens_details
+    assert details is not None and details.cached_tokens == len(prompt) - 1  # of the first request
+    assert (usage.usage.prompt_tokens, usage.usage.completion_tokens, usage.usage.total_tokens) == counts
     assert len({chunk.id for chunk in [*pieces, last, usage]} | {whole.id}) == 2
 
 
@@ -102,6 +120,31 @@ def test_completions_and_stop(client: openai.OpenAI, engine: Engine, tokenizer: 
     assert "".join(piece.choices[0].text for piece in pieces) == stopped.choices[0].text
     assert pieces[-1].choices[0].finish_reason == "stop"
     assert {piece.object for piece in pieces} == {"text_completion"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_log_probabilities(client: openai.OpenAI, engine: Engine, tokenizer: Tokenizer, stream: bool) -> None:
+    expected = scored(engine, tokenizer, tokenizer.encode("The quick"), 20, 2)
+    arguments: dict[str, Any] = {"model": "prism", "temperature": 0, "max_tokens": 20, "stream": stream}
+    answer = client.completions.create(**arguments, prompt="The quick", logprobs=2)
+    pieces = [choice.logprobs for part in (answer if stream else [answer]) for choice in part.choices]
+    found = [piece for piece in pieces if piece is not None]
+    assert (len(found) > 3) == stream
+    assert [value for piece in found for value in piece.token_logprobs] == [token.log_prob for token in expected]
+    words = [word for piece in found for word in piece.tokens]
+    offsets = [offset for piece in found for offset in piece.text_offset]
+    assert offsets == [len("".join(words[:i])) for i in range(len(words))]
+    for tops, token in zip((tops for piece in found for tops in piece.top_logprobs), expected, strict=True):
+        assert set(tops.values()) <= {log_prob for _, log_prob in token.alternatives}
+        assert max(tops.values()) == token.log_prob
+
+    expected = scored(engine, tokenizer, tokenizer.encode_chat(RENDERED), 20, 1)
+    chat = client.chat.completions.create(**arguments, messages=CONVERSATION, logprobs=True, top_logprobs=1)
+    parts = [choice.logprobs for part in (chat if stream else [chat]) for choice in part.choices]
+    entries = [entry for part in parts if part is not None for entry in part.content]
+    assert [entry.logprob for entry in entries] == [token.log_prob for token in expected]
+    assert [bytes(entry.bytes) for entry in entries] == [tokenizer.token_bytes(token.token) for token in expected]
+    assert [entry.top_logprobs[0].logprob for entry in entries] == [token.log_prob for token in expected]
 
 
 def test_models(client: openai.OpenAI) -> None:
@@ -142,7 +185,10 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "n": ({**GOOD, "n": 2}, 400, "n: not supported here: leave it out or send 1"),
     "tools": ({**GOOD, "tools": [{"type": "function"}]}, 400, "tools: not supported here"),
     "json mode": ({**GOOD, "response_format": {"type": "json_object"}}, 400, "response_format: not supported here"),
-    "logprobs": ({**GOOD, "logprobs": True}, 400, "logprobs: not supported here"),
+    "logprobs": ({**GOOD, "logprobs": 1}, 400, "logprobs: Input should be a valid boolean"),
+    "21 logprobs": ({**GOOD, "logprobs": True, "top_logprobs": 21}, 400, "top_logprobs: Input should be less than"),
+    "top_logprobs alone": ({**GOOD, "top_logprobs": 2}, 400, "top_logprobs needs logprobs"),
+    "6 logprobs": ({**TEXT, "logprobs": 6}, 400, "logprobs: Input should be less than or equal to 5"),
     "penalty": ({**GOOD, "presence_penalty": 0.5}, 400, "presence_penalty: not supported here"),
     "hot": ({**GOOD, "temperature": 2.5}, 400, "temperature: Input should be less than or equal to 2"),
     "nan": ({**GOOD, "temperature": float("nan")}, 400, "temperature: Input should be a finite number"),
