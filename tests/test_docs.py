@@ -35,7 +35,12 @@ README_COLUMNS = {
     "identical": "identical",
 }
 """Columns of the README's table and what the bench's report calls them."""
-MODULES = {"bench.peers": "prism_trt.bench.peers.app", "bench.scaling": "prism_trt.bench.scaling"}
+MODULES = {
+    "bench.peers": "prism_trt.bench.peers.app",
+    "bench.scaling": "prism_trt.bench.scaling",
+    "bench.sweep": "prism_trt.bench.sweep",
+    "bench.serving": "prism_trt.bench.serving.app",
+}
 """Command lines that are not subcommands of `prism-trt`."""
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 

@@ -136,9 +136,8 @@ def test_what_is_missing_is_said(checks: Any, tmp_path: Path) -> None:
     assert reasons["training"] is None and "--questions" in reasons["decode-cuda"]
 
 
-def test_without_a_gpu_it_says_so(checks: Any, tmp_path: Path) -> None:
-    if checks.torch.cuda.is_available():
-        pytest.skip("there is a GPU")
+def test_without_a_gpu_it_says_so(checks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks.torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="need an NVIDIA GPU"):
         checks.checks(tmp_path)
     assert not list(tmp_path.iterdir())
