@@ -132,7 +132,8 @@ def test_every_extra_is_pinned_to_the_tested_torch_or_leaves_it_alone() -> None:
         name: [entry for entry in entries if entry.startswith("torch")]
         for name, entries in PROJECT["optional-dependencies"].items()
     }
-    assert {name: entries for name, entries in pins.items() if entries} == {"quickstart": ["torch==2.13.0"]}
+    tested = ["torch==2.13.0"]
+    assert {name: entries for name, entries in pins.items() if entries} == {"quickstart": tested, "test": tested}
     assert "prism-trt[quickstart]" in PROJECT["optional-dependencies"]["test"]
 
 
