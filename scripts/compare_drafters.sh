@@ -28,7 +28,8 @@ train() { # NAME SEED FROM OPTIONS...: FROM is the arm whose first stage this on
 prism() { # NAME SEED FROM OPTIONS...: PRISM after the warm-up
     local name=$1 seed=$2 from=$3
     shift 3
-    train "$name" "$seed" "$from" --kind prism --one-step-updates "$warm" --alignment-updates 0 --tuning-updates "$tuned" "$@"
+    train "$name" "$seed" "$from" --kind prism --one-step-updates "$warm" --alignment-updates 0 --tuning-updates "$tuned" \
+        --tuning-hidden-weight 1 "$@"
 }
 
 seed_of_everything() { # SEED: all arms of one training seed
@@ -50,11 +51,11 @@ seed_of_everything() { # SEED: all arms of one training seed
         prism prism-m3 "$seed" warm --modules 3
         prism prism-current "$seed" warm --kv-mode current
         train prism-aligned "$seed" warm --kind prism --one-step-updates "$warm" \
-            --alignment-updates $((tuned / 2)) --tuning-updates $((tuned / 2))
+            --alignment-updates $((tuned / 2)) --tuning-updates $((tuned / 2)) --tuning-hidden-weight 1
         prism prism-steps-2 "$seed" warm --tuning-steps 2
         prism prism-steps-6 "$seed" warm --tuning-steps 6
         prism prism-lr "$seed" warm --tuning-lr 0.001
-        prism prism-hidden "$seed" warm --tuning-hidden-weight 1
+        prism prism-no-hidden "$seed" warm --tuning-hidden-weight 0
     fi
     if [[ $parts == *sizes* ]]; then
         for size in $sizes; do
@@ -102,7 +103,7 @@ if [[ $parts == *main* ]]; then
 fi
 if [[ $parts == *ablations* ]]; then
     bench ablations prism 16/4/6 0 prism=prism m1=prism-m1 m3=prism-m3 current=prism-current aligned=prism-aligned \
-        steps-2=prism-steps-2 steps-6=prism-steps-6 lr=prism-lr hidden=prism-hidden
+        steps-2=prism-steps-2 steps-6=prism-steps-6 lr=prism-lr no-hidden=prism-no-hidden
 fi
 if [[ $parts == *sizes* ]]; then
     points=()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,13 @@ from prism_trt.target.smollm2 import find_smollm2
 @pytest.fixture(autouse=True, scope="session")
 def _threads() -> None:
     torch.set_num_threads(1)  # tiny tensors gain nothing, and waiting threads cost much on a busy machine
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interruptible() -> None:
+    # Shells start background jobs with this signal ignored, and the processes that tests start would inherit that.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
