@@ -33,7 +33,7 @@ class SweepSettings(StrictModel):
     trees: tuple[TreeShape, ...] = Field(min_length=1, description="fixed trees")
     max_new_tokens: int = Field(96, ge=2)
     repeats: int = Field(4, ge=1, description="blocks per batch size; each runs every mode on the same requests")
-    least_requests: int = Field(6, ge=1, description="requests of a block, if more than twice the batch size")
+    least_requests: int = Field(6, ge=1, description="requests of a block, if more than three times the batch size")
     seed: int = Field(0, ge=0, description="of the bootstrap")
     bootstrap_samples: int = Field(2000, ge=1)
 
@@ -100,9 +100,11 @@ def run_sweep(
     """Measure every mode at every batch size.
 
     In a block, a fixed number of requests runs at a time and each that ends is followed by the next, as in a busy
-    server. Tokens count from when all have their first token until one ends without a successor; what is spent on
-    prefilling the successors counts as well. The modes of a block take turns on the same requests in rotating order,
-    so that drift of a shared machine hits all alike, and ratios are taken within blocks.
+    server. The first ones are of all lengths, so that later ones come one by one; otherwise whole batches would end
+    together without speculation only, and a window would hold another share of prefilling in each mode. Tokens count
+    from when all have their first token until one ends without a successor; what is spent on prefilling the successors
+    counts as well. The modes of a block take turns on the same requests in rotating order, so that drift of a shared
+    machine hits all alike, and ratios are taken within blocks.
 
     Args:
         engine: with a drafter and enough slots.
@@ -123,17 +125,18 @@ def run_sweep(
     bandwidth: list[float] = []
     samples: list[SweepSample] = []
     taken = 0
-    for mode in modes:  # so that no first run pays for anything
-        _run(engine, _requests(prompts, 0, 2, mode.tree, 16, eos_token_ids), 2, planner)
+    most = max(settings.batches)
+    for mode in modes:  # so that no first run pays for anything, such as the first use of a slot's memory
+        _run(engine, _requests(prompts, 0, most, most, mode.tree, 8, eos_token_ids), most, planner)
     for repeat in range(settings.repeats):
         for place, batch in enumerate(settings.batches):
             bandwidth.append(probe.measure())
-            count = max(2 * batch, settings.least_requests)
+            count = max(3 * batch, settings.least_requests)
             outputs: dict[str, list[list[int]]] = {}
             block: list[SweepSample] = []
             for mode in in_turn(modes, repeat + place):
                 before = Counter(planner.rounds)
-                requests = _requests(prompts, taken, count, mode.tree, settings.max_new_tokens, eos_token_ids)
+                requests = _requests(prompts, taken, count, batch, mode.tree, settings.max_new_tokens, eos_token_ids)
                 tokens, seconds, outputs[mode.name] = _run(engine, requests, batch, planner)
                 rounds = {_plan_name(plan): n for plan, n in (planner.rounds - before).items()}
                 fields = {"batch": batch, "repeat": repeat, "mode": mode.name, "tokens": tokens, "seconds": seconds}
@@ -221,10 +224,20 @@ def _check(engine: Engine, prompts: Sequence[list[int]], settings: SweepSettings
 
 
 def _requests(
-    prompts: Sequence[list[int]], first: int, count: int, tree: RequestTree, most: int, eos_token_ids: tuple[int, ...]
+    prompts: Sequence[list[int]],
+    first: int,
+    count: int,
+    batch: int,
+    tree: RequestTree,
+    most: int,
+    eos_token_ids: tuple[int, ...],
 ) -> list[Request]:
-    chosen = [prompts[(first + i) % len(prompts)] for i in range(count)]
-    return [Request(prompt, most, eos_token_ids=eos_token_ids, tree=tree) for prompt in chosen]
+    """`count` requests of at most `most` tokens; the first `batch` of them end at evenly spaced times."""
+    lengths = [max(2, most * (i + 1) // batch) if i < batch else most for i in range(count)]
+    return [
+        Request(prompts[(first + i) % len(prompts)], length, eos_token_ids=eos_token_ids, tree=tree)
+        for i, length in enumerate(lengths)
+    ]
 
 
 def _run(engine: Engine, requests: list[Request], batch: int, planner: Planner) -> tuple[int, float, list[list[int]]]:

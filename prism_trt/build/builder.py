@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,13 @@ from prism_trt.config import TreeShape
 from prism_trt.drafter.checkpoint import load_drafter, save_drafter
 from prism_trt.drafter.model import Drafter
 from prism_trt.engines.cpu.files import choose_isa, open_files, unsupported, write_files
-from prism_trt.engines.loading import DRAFTER_DIRECTORY, TARGET_DIRECTORY, TOKENIZER_DIRECTORY, default_threads
+from prism_trt.engines.loading import (
+    DRAFTER_DIRECTORY,
+    TARGET_DIRECTORY,
+    TOKENIZER_DIRECTORY,
+    default_threads,
+    single_torch_thread,
+)
 from prism_trt.engines.manifest import ENGINE_KIND, ENGINE_MANIFEST, EngineManifest
 from prism_trt.engines.protocol import Engine, EngineLimits
 from prism_trt.engines.tensorrt.files import KERNELS
@@ -201,6 +208,8 @@ def _write_cpu_engine(plan: BuildPlan, settings: CpuProfile, say: Callable[[str]
         say(f"The engine runs on torch in float32, because {reason}.")
         _write_torch_files(plan.directory, model, draft)
         engine = TorchEngine(model, draft, limits, torch.device("cpu"), torch.float32)
+    with single_torch_thread() if chosen else nullcontext():
+        latency = measure(engine)
     return {
         "runtime": "cpp" if chosen else "torch",
         "dtype": "bfloat16" if chosen else "float32",
@@ -208,7 +217,7 @@ def _write_cpu_engine(plan: BuildPlan, settings: CpuProfile, say: Callable[[str]
         "cpu_flags": tuple(sorted(isa.cpu_flags)) if chosen else (),
         "versions": _versions(compiler if chosen else None),
         "limits": limits,
-        "latency_ms": measure(engine),
+        "latency_ms": latency,
     }
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from prism_trt.config import TreeShape
 from prism_trt.engines.latency import LatencyTable
-from prism_trt.engines.protocol import Engine, PrefixCopyEngine, TokenBatch
+from prism_trt.engines.protocol import Engine, PrefixCopyEngine, TokenBatch, draft_vocab_size
 from prism_trt.speculative.tree import grow_tree
 
 _CONTEXT = 128
@@ -94,7 +94,7 @@ def _calls(engine: Engine, requests: int, context: int, newest: Tensor) -> Itera
             yield _Call(requests, tokens, requests * tokens, partial(engine.forward, batch, "all"))
     if not engine.has_drafter:
         return
-    words = engine.vocab_size if engine.draft_vocab is None else len(engine.draft_vocab)
+    words = draft_vocab_size(engine)
     pending = _batch(engine, requests, _PENDING, context)
     features = newest.expand(requests, _PENDING, -1).contiguous()
     for width in _WIDTHS:

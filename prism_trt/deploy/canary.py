@@ -8,10 +8,8 @@ import tritonclient.grpc as grpcclient
 from tritonclient.utils import InferenceServerException
 
 from prism_trt.client.generate import Options, request_inputs
+from prism_trt.deploy.interface import TRY_AGAIN
 from prism_trt.errors import PrismError
-
-_BUSY = "try again later"
-"""How the model's refusals end when it has no slot for a request."""
 
 
 def ask_for_a_token(url: str, model: str, patience: float) -> None:
@@ -40,5 +38,5 @@ def ask_for_a_token(url: str, model: str, patience: float) -> None:
             raise PrismError(f"the model has not answered within {patience:g} s: see the server's log") from None
         finally:
             client.stop_stream(cancel_requests=True)
-    if error is not None and not error.message().endswith(_BUSY):
+    if error is not None and not error.message().endswith(TRY_AGAIN):
         raise PrismError(f"the model does not work: {error.message()}")

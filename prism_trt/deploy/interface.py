@@ -13,6 +13,9 @@ from dataclasses import dataclass
 MAX_BATCH_SIZE = 64
 """Upper bound on the requests Triton hands over at once; every request holds one prompt, of shape [1, 1]."""
 
+TRY_AGAIN = "try again later"
+"""How the served model's refusals end when waiting helps."""
+
 
 @dataclass(frozen=True)
 class Tensor:

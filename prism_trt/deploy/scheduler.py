@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from prism_trt.deploy.fair_queue import INPUT_WEIGHT, OUTPUT_WEIGHT, FairQueue
+from prism_trt.deploy.interface import TRY_AGAIN
 from prism_trt.deploy.requests import Generation
 from prism_trt.engines.protocol import Engine
 from prism_trt.errors import PrismError
@@ -30,8 +31,8 @@ _REPORT_SECONDS = 0.2
 """Between two reports of the occupancy while requests run."""
 _JOIN_SECONDS = 10.0
 _ERRORS: dict[Cause, tuple[Fault, str]] = {
-    "overload": ("unavailable", "{} requests are running or waiting already: try again later"),
-    "late": ("unavailable", "the request timed out before its first token: try again later"),
+    "overload": ("unavailable", f"{{}} requests are running or waiting already: {TRY_AGAIN}"),
+    "late": ("unavailable", f"the request timed out before its first token: {TRY_AGAIN}"),
     "cancelled": ("unavailable", "cancelled"),
     "stopping": ("unavailable", "the server is shutting down: try another"),
     "engine": ("internal", "the engine failed: see the server's log"),

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import triton_python_backend_utils as pb_utils
 
 from prism_trt.config import TreeShape
@@ -27,7 +26,6 @@ from prism_trt.deploy.log_probs import describe
 from prism_trt.deploy.metrics import TritonMonitor
 from prism_trt.deploy.requests import parse_generation
 from prism_trt.deploy.scheduler import Fault, Scheduler
-from prism_trt.engines.cpu.engine import CpuEngine
 from prism_trt.engines.loading import load_engine, load_engine_tokenizer, load_planner
 from prism_trt.errors import PrismError
 from prism_trt.speculative.decoder import generate
@@ -109,8 +107,6 @@ class TritonPythonModel:
             generate(engine, [Request(prompt, _WARM_UP_TOKENS, tree=self._tree)], planner=planner)
         except PrismError as error:
             raise pb_utils.TritonModelException(str(error)) from None
-        if isinstance(engine, CpuEngine):
-            torch.set_num_threads(1)  # the engine has threads of its own; torch's would wait for the same processors
         self._context = engine.limits.context
         self._scheduler = Scheduler(
             engine,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,8 +35,19 @@ def default_threads() -> int:
     return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, _MOST_THREADS)
 
 
+@contextmanager
+def single_torch_thread() -> Iterator[None]:
+    """For work of a compiled engine: it has threads of its own, and torch's would wait for the same processors."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def load_engine(path: Path, threads: int | None = None, slots: int | None = None) -> Engine:
-    """Load the engine directory `path`.
+    """Load the engine directory `path`, and leave torch the threads that it needs for this engine: one if compiled.
 
     Args:
         path: what `prism_trt.build` wrote.
@@ -59,6 +72,7 @@ def load_engine(path: Path, threads: int | None = None, slots: int | None = None
         return open_engine(path, manifest)
     if manifest.runtime == "cpp":
         engine = open_files(path, manifest.target, manifest.drafter, limits, threads)
+        torch.set_num_threads(1)  # for as long as the process serves it: see `single_torch_thread`
         engine.default_tree = manifest.default_tree
         return engine
 

@@ -143,6 +143,11 @@ class Engine(Protocol):
         ...
 
 
+def draft_vocab_size(engine: Engine) -> int:
+    """D: words that the drafter of `engine` chooses among."""
+    return engine.vocab_size if engine.draft_vocab is None else len(engine.draft_vocab)
+
+
 @runtime_checkable
 class PrefixCopyEngine(Engine, Protocol):
     """An engine that can copy K/V between slots."""

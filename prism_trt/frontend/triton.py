@@ -16,6 +16,7 @@ import tritonclient.grpc.aio as grpcclient
 from tritonclient.utils import InferenceServerException
 
 from prism_trt.client.generate import Chunk, Options, chunk_of, request_inputs
+from prism_trt.deploy.interface import TRY_AGAIN
 from prism_trt.errors import PrismError
 from prism_trt.frontend.errors import ApiError
 
@@ -28,8 +29,6 @@ _CHANNEL = [
 ]
 _REAL_CODES = {"triton_grpc_error": "true"}
 """Header with which Triton ends a failed stream with a gRPC status instead of a message without one."""
-_OVERLOADED = "try again later"
-"""How the served model's refusals end when waiting helps."""
 _DRAINING = "the server is shutting down: try another"
 
 log = logging.getLogger(__name__)
@@ -143,7 +142,7 @@ def _failure(code: grpc.StatusCode, details: str) -> ApiError:
     if code is grpc.StatusCode.INVALID_ARGUMENT:
         return ApiError(400, sentence)
     log.warning("the model server answered %s: %s", code.name, details)
-    if code is grpc.StatusCode.UNAVAILABLE and sentence.endswith(_OVERLOADED):
+    if code is grpc.StatusCode.UNAVAILABLE and sentence.endswith(TRY_AGAIN):
         return ApiError(429, sentence, code="rate_limit_exceeded")
     # While it starts or stops, Triton does not know its own model.
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.CANCELLED):

@@ -158,7 +158,7 @@ class AcceptanceEstimate:
         factor = self._factors.setdefault(shape, _Average(1.0, 2 * self.PRIOR_WEIGHT))
         factor.add(sum(accepted) / (len(accepted) * expected), len(accepted), self.WINDOW)
         self._rounds += 1
-        if self._rounds >= min(self.REFRESH, self._steps[0].weight / (4 * len(accepted))):
+        if self._rounds >= min(self.REFRESH, self._steps[0].weight / 4):
             self._rounds = 0
             self._evaluated = self.first
             self._reached.clear()

@@ -369,7 +369,6 @@ class Decoder:
         row.length += len(tokens)
         if row.drafts:
             row.pending_features.append(features)
-        row.stats.target_passes += 1
         counts = row.stats.accepted_counts
         if accepted >= len(counts):
             counts.extend([0] * (accepted + 1 - len(counts)))
@@ -384,7 +383,7 @@ class Decoder:
         row.sequence += tokens
         row.root = tokens[-1]
         if row.drafts:
-            row.pending = row.pending + tokens
+            row.pending += tokens
         kept, reason = row.stop.admit(tokens)
         row.stats.num_output_tokens += len(kept)
         if features is not None and row.request.collect_features:

@@ -12,6 +12,9 @@ with times from the engine's latency table (`prism_trt.engines.latency`) and acc
 - Exploration. A plan that is not in use can only be judged by using it. Plans whose rate could be the best, given how
   often and how long ago they were measured, are tried for single rounds, no plan at all included. A trial may cost what
   it loses against the plan in use. All trials together may cost `exploration` of the decoding time.
+- Caution. What is used is the plan that is best by what its rate is at least. Of many plans that were measured a few
+  times, the one that looks best was mostly lucky. The engine's default tree, which was tuned for one request, and no
+  speculation need no such proof: the others have to be better by a margin on top of the doubt.
 
 Nothing here affects which tokens are put out, only when: verification is lossless whatever tree it is given.
 """
@@ -26,7 +29,7 @@ from typing import NamedTuple
 
 from prism_trt.config import TreeShape
 from prism_trt.engines.latency import LatencyModel, LatencyTable
-from prism_trt.engines.protocol import Engine, FusedRoundEngine
+from prism_trt.engines.protocol import Engine, FusedRoundEngine, draft_vocab_size
 from prism_trt.speculative.acceptance import AcceptanceEstimate, AcceptancePrior
 from prism_trt.speculative.request import tokens_per_row
 
@@ -35,17 +38,14 @@ Plan = TreeShape | None
 
 _TREES = tuple(
     TreeShape.parse(text)
-    for text in (
-        *("2/1/1", "3/1/2", "4/1/3", "5/1/4", "6/1/5", "8/1/7"),
-        *("4/2/2", "6/2/3", "8/2/5", "6/4/2", "8/4/4", "12/4/5", "16/4/6", "32/8/6", "60/10/6"),
-    )
+    for text in ("2/1/1", "3/1/2", "4/1/3", "6/1/5", "4/2/2", "8/2/5", "8/4/5", "16/4/6", "32/8/6", "60/10/6")
 )
-_PRUNED_TREES = tuple(
-    TreeShape.parse(f"{text}@{least}") for text in ("4/1/3", "6/1/5", "8/2/5", "16/4/6") for least in (0.05, 0.15, 0.4)
-)
+_PRUNED_TREES = tuple(TreeShape.parse(text) for text in ("4/1/3@0.4", "8/2/5@0.15", "12/4/6@0.06"))
 """Their rounds end early where the draft is unsure; for engines that fuse a greedy round."""
 _MARGIN = 1.02
 """A tree must promise so many times the rate without speculation, and any change so many times the present plan's."""
+_PROOF = 1.05
+"""A tree that is not the engine's default must promise so many times the rate of what needs no proof."""
 _DECIDE_EVERY = 16
 """Rounds between two decisions for the same load."""
 _PACE_GAIN = 0.1
@@ -56,9 +56,10 @@ _FIRST_ROUNDS = 3
 _LONG = 30
 """Trials that a comparison of times looks back."""
 _DOUBT = 0.4
-"""Relative uncertainty of the rate of a plan that was never measured."""
+"""Relative uncertainty of the rate of a plan that was never measured, for one request."""
 _DOUBT_DOUBLES = 1000
 """Rounds without a measurement after which the uncertainty has doubled."""
+_MOST_DOUBT = 0.9
 _TRIAL_EVERY = 4
 """Rounds from one trial to the next at least."""
 _MOST_CREDIT = 5
@@ -121,7 +122,7 @@ def possible_plans(engine: Engine) -> tuple[Plan, ...]:
     """What an engine can do in a round, no speculation first."""
     if not engine.has_drafter:
         return (None,)
-    words = engine.vocab_size if engine.draft_vocab is None else len(engine.draft_vocab)
+    words = draft_vocab_size(engine)
     pruned = _PRUNED_TREES if isinstance(engine, FusedRoundEngine) else ()
     trees = dict.fromkeys((engine.default_tree, *_TREES, *pruned))
     limit = engine.limits.tokens_per_call
@@ -142,9 +143,13 @@ def best_plan(rates: dict[Plan, float], current: Plan) -> Plan:
     return max(rates, key=score)
 
 
-def optimistic(value: float, rounds: int, age: int) -> float:
-    """What a rate estimated as `value` may be after so many measurements, the last of them `age` rounds ago."""
-    return value * (1 + _DOUBT / math.sqrt(1 + rounds) * (1 + age / _DOUBT_DOUBLES))
+def doubt(requests: int, rounds: int, age: int) -> float:
+    """Relative uncertainty of a rate after so many measurements, the last of them `age` rounds ago.
+
+    A round of many requests says more than a round of one: part of what makes rates uncertain is what each accepts.
+    """
+    one = _DOUBT * math.sqrt(0.1 + 0.9 / requests)
+    return min(_MOST_DOUBT, one / math.sqrt(1 + rounds) * (1 + age / _DOUBT_DOUBLES))
 
 
 class Planner:
@@ -165,6 +170,7 @@ class Planner:
             exploration: share of the decoding time that trials of other plans may cost.
         """
         self._plans = possible_plans(engine)
+        self._trusted = {None, engine.default_tree}
         self._tokens_per_call = engine.limits.tokens_per_call
         self._latency = LatencyModel(table)
         self._times: dict[tuple[Plan, int, float], float] = {}
@@ -176,7 +182,7 @@ class Planner:
         self._paces: dict[_Place, _Pace] = {}
         self._corrections: dict[tuple[Plan, _Place], _Correction] = {}
         self._in_use: dict[_Place, Plan] = {}
-        self._decided: tuple[Load, int, _Decision] | None = None
+        self._decided: dict[Load, tuple[int, _Decision]] = {}
         self.rounds: Counter[Plan] = Counter()
         """Rounds by plan, trials included."""
 
@@ -235,7 +241,8 @@ class Planner:
             pace.credit -= self._loss(plan, load, decision)
             if behind:
                 pace.credit -= self._latency.catch_up(behind)
-            self._decided = None
+            for other in [other for other in self._decided if _place(other) == _place(load)]:
+                del self._decided[other]
         correction.rounds += 1
         correction.last = self._round
         if plan is not None:
@@ -248,20 +255,21 @@ class Planner:
         return {plan: self._rate(plan, load) for plan in self._plans}
 
     def _decide(self, load: Load) -> _Decision:
-        if self._decided is not None:
-            decided_for, since, decision = self._decided
-            if decided_for == load and self._round - since < _DECIDE_EVERY:
-                return decision
-        rates = self.rates(load)
-        place = _place(load)
-        chosen = self._in_use[place] = best_plan(rates, self._in_use.get(place))
+        known = self._decided.get(load)
+        if known is not None and self._round - known[0] < _DECIDE_EVERY:
+            return known[1]
+        rates, place = self.rates(load), _place(load)
+        doubts = {plan: self._doubt(plan, load) for plan in rates}
+        least = {
+            plan: value if plan in self._trusted else value * (1 - doubts[plan]) / _PROOF
+            for plan, value in rates.items()
+        }
+        chosen = self._in_use[place] = best_plan(least, self._in_use.get(place))
         rival, promised = chosen, rates[chosen]
         for plan, value in rates.items():
             if plan != chosen:
-                known = self._corrections.get((plan, place))
-                rounds, last = (known.rounds, known.last) if known is not None else (0, 0)
-                hoped = optimistic(value, rounds, self._round - last)
-                if plan is None and not rounds:
+                hoped = value * (1 + doubts[plan])
+                if plan is None and (plan, place) not in self._corrections:
                     hoped = math.inf  # what everything else has to beat is measured first
                 if hoped > promised:
                     rival, promised = plan, hoped
@@ -270,8 +278,13 @@ class Planner:
         if rival != chosen:
             cost = 0.0 if promised == math.inf else self._loss(rival, load, decision)
             decision = decision._replace(cost=cost)
-        self._decided = (load, self._round, decision)
+        self._decided[load] = self._round, decision
         return decision
+
+    def _doubt(self, plan: Plan, load: Load) -> float:
+        known = self._corrections.get((plan, _place(load)))
+        rounds, last = (known.rounds, known.last) if known is not None else (0, 0)
+        return doubt(load.requests, rounds, self._round - last)
 
     def _loss(self, plan: Plan, load: Load, decision: _Decision) -> float:
         """Milliseconds that a round of `plan` takes longer than the plan in use does for the same tokens."""

@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from prism_trt.config import TreeShape
-from prism_trt.engines.protocol import Engine
+from prism_trt.engines.protocol import Engine, draft_vocab_size
 from prism_trt.errors import PrismError
 from prism_trt.speculative.log_probs import MOST_ALTERNATIVES, ScoredToken
 from prism_trt.speculative.sampling import SamplingParams
@@ -57,8 +57,6 @@ class Statistics:
     reused_tokens: int = 0
     """Input tokens whose K/V an earlier request had left."""
     num_output_tokens: int = 0
-    target_passes: int = 0
-    """Target passes after the prefill."""
     drafted: int = 0
     """Tree nodes verified, roots excluded."""
     prefill_seconds: float = 0.0
@@ -69,6 +67,11 @@ class Statistics:
     """Entry a: passes in which exactly a drafted tokens were accepted."""
     passes_by_tree: Counter[TreeShape | None] = field(default_factory=Counter)
     """Target passes by the tree they verified; None: they had no draft."""
+
+    @property
+    def target_passes(self) -> int:
+        """Target passes after the prefill."""
+        return sum(self.accepted_counts)
 
     @property
     def accepted(self) -> int:
@@ -148,7 +151,7 @@ def check_request(request: Request, engine: Engine, tokenizer: Tokenizer | None)
             f"the tree {tree} needs {tokens_per_row(tree)} tokens per call but the engine allows "
             f"{limits.tokens_per_call}: choose a smaller tree"
         )
-    words = engine.vocab_size if engine.draft_vocab is None else len(engine.draft_vocab)
+    words = draft_vocab_size(engine)
     if tree.width > words:
         raise PrismError(
             f"the tree's width {tree.width} exceeds the draft vocabulary of {words}: choose a smaller width"

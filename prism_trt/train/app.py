@@ -39,7 +39,7 @@ def train(
         typer.Option(help="directory of the target's answers, reused when complete  [default: WORK/cache]"),
     ] = None,
     init: Annotated[
-        Path | None, typer.Option(help="drafter of one module whose weights the first stage starts from")
+        Path | None, typer.Option(help="drafter whose weights training starts from; several modules are only tuned")
     ] = None,
     generate_only: Annotated[bool, typer.Option("--generate-only", help="stop when the answers are generated")] = False,
     answers: Annotated[int | None, typer.Option(min=1, help="prompts to answer  [default: all]")] = None,

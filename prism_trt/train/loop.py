@@ -121,11 +121,11 @@ class Trainer:
 
         Args:
             cache: opened for the features of `config`.
-            init: drafter of one module to start from; it keeps its shape and draft vocabulary.
+            init: drafter to start from; it keeps its shape and draft vocabulary. One of several modules is tuned only.
             world: the processes that share the run.
 
         Raises:
-            PrismError: the cache leaves nothing to train on, or `init` is of another kind or has several modules.
+            PrismError: the cache leaves nothing to train on, or `init` is not what the stages of `config` can train.
         """
         if init is not None:
             _check_init(init.config, config)
@@ -338,10 +338,14 @@ def _split(cache: Sequences, config: TrainConfig) -> tuple[np.ndarray, np.ndarra
 
 def _check_init(init: DrafterConfig, config: TrainConfig) -> None:
     if init.num_modules > 1:
-        raise PrismError(
-            f"the initial drafter has {init.num_modules} modules: pass one with a single module, "
-            "which the stages before tuning train"
-        )
+        others = any(stage.updates for stage in stages(config) if stage.name != "tuning")
+        same = (config.kind, config.modules, config.fixed_step_map) == ("prism", init.num_modules, init.step_map)
+        if others or not same:
+            raise PrismError(
+                f"the initial drafter has {init.num_modules} modules, so it can only be tuned as it is: pass "
+                f"--kind prism --one-step-updates 0 --alignment-updates 0 --modules {init.num_modules} --step-map "
+                f"{','.join(map(str, init.step_map))}, or a drafter with one module"
+            )
     is_lm = config.kind == "standard"
     if (init.kind == "standard") != is_lm or (not is_lm and init.features != config.features):
         raise PrismError(
@@ -391,8 +395,8 @@ def _new_drafter(target: Target, config: TrainConfig, vocab: Tensor | None) -> D
 
 
 def _with_modules(drafter: Drafter, modules: int, step_map: tuple[int, ...]) -> Drafter:
-    """`drafter` with `modules` copies of its one module, unless it has as many already."""
-    if drafter.config.num_modules == modules:
+    """`drafter` with `modules` copies of its one module, unless it has several already."""
+    if modules == 1 or drafter.config.num_modules > 1:
         return drafter
     return copy_modules(drafter, modules, step_map)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from prism_trt.data.prompts import PromptConfig, prepare_prompts
 from prism_trt.data.regenerate import GenerationPlan, GenerationProgress, plan_generation, planned_layers, regenerate
 from prism_trt.drafter.checkpoint import load_drafter, save_drafter
 from prism_trt.drafter.features import captured_layers
-from prism_trt.engines.loading import make_engine
+from prism_trt.engines.loading import make_engine, single_torch_thread
 from prism_trt.engines.protocol import Engine, EngineLimits
 from prism_trt.engines.torch_engine import TorchEngine
 from prism_trt.errors import PrismError
@@ -49,7 +49,7 @@ class RunPaths:
     """Checkpoints and TensorBoard logs."""
     cache: Path
     init: Path | None = None
-    """Drafter of one module to start from instead of random weights."""
+    """Drafter to start from instead of random weights; one of several modules is tuned only."""
 
 
 @dataclass(frozen=True)
@@ -165,18 +165,18 @@ def _plan(
 
 def _generate(plan: GenerationPlan, paths: RunPaths, options: RunOptions, device: torch.device) -> None:
     threads = torch.get_num_threads()
+    own_threads = ExitStack()
 
     def open_engine() -> Engine:
         context = max(map(len, plan.prompts)) + plan.settings.max_new_tokens
         limits = EngineLimits(options.slots, context, max(_TOKENS_PER_CALL, options.slots))
         engine = make_engine(plan.target, None, limits, threads, plan.feature_layers, device)
         if not isinstance(engine, TorchEngine):
-            # A compiled engine has threads of its own; torch's would wait for the same processors.
-            torch.set_num_threads(1)
+            own_threads.enter_context(single_torch_thread())
         return engine
 
     total = len(plan.prompts) if options.answers is None else min(options.answers, len(plan.prompts))
-    with progress("answering", total) as reporter:
+    with own_threads, progress("answering", total) as reporter:
         shown = 0
 
         def listen(now: GenerationProgress) -> None:
@@ -186,7 +186,6 @@ def _generate(plan: GenerationPlan, paths: RunPaths, options: RunOptions, device
             reporter.describe(f"answering, {now.tokens_per_second:,.0f} tokens/s")
 
         regenerate(plan, open_engine, paths.cache, options.answers, _say, listen)
-    torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from prism_trt.config import TreeShape
-from prism_trt.engines.loading import make_engine
 from prism_trt.engines.protocol import Engine, EngineLimits, TokenBatch
 from prism_trt.engines.torch_engine import TorchEngine
 from prism_trt.errors import PrismError
@@ -16,20 +13,16 @@ from prism_trt.speculative.decoder import Decoder
 from prism_trt.speculative.log_probs import ScoredToken, score_tokens
 from prism_trt.speculative.request import Event, Request
 from prism_trt.speculative.sampling import SamplingParams
-from tests.tiny import tiny_drafter, tiny_target
+from tests.speculative.engines import ENGINES, tiny_engine
+from tests.tiny import tiny_target
 
 TREE = TreeShape(depth=3, width=3, size=8)
 LIMITS = EngineLimits(slots=6, context=96, tokens_per_call=64)
 
 
-@pytest.fixture(scope="module", params=["torch", "default"])
-def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
-    target = tiny_target()
-    drafter = tiny_drafter(target)
-    if request.param == "torch":
-        yield TorchEngine(target, drafter, LIMITS, torch.device("cpu"))
-    else:
-        yield make_engine(target, drafter, LIMITS, threads=1)
+@pytest.fixture(scope="module", params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> Engine:
+    return tiny_engine(request.param, LIMITS)
 
 
 def test_every_kind_of_round(engine: Engine) -> None:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from prism_trt.config import TreeShape
-from prism_trt.engines.loading import make_engine
 from prism_trt.engines.protocol import Engine, EngineLimits, PrefixCopyEngine
 from prism_trt.engines.torch_engine import TorchEngine
 from prism_trt.speculative.decoder import Decoder
 from prism_trt.speculative.request import Event, Request
 from prism_trt.speculative.sampling import SamplingParams
 from tests.speculative.bag_engine import BagEngine
-from tests.tiny import tiny_drafter, tiny_target
+from tests.speculative.engines import ENGINES, tiny_engine
 
 TREE = TreeShape(depth=3, width=2, size=6)
 LIMITS = EngineLimits(slots=2, context=160, tokens_per_call=32)
@@ -122,14 +119,9 @@ def test_nothing_is_reused_unasked() -> None:
     assert [reused(finish(decoder, [request])[0]) for _ in range(2)] == [0, 0]
 
 
-@pytest.fixture(scope="module", params=["torch", "default"])
-def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
-    target = tiny_target()
-    drafter = tiny_drafter(target)
-    if request.param == "torch":
-        yield TorchEngine(target, drafter, LIMITS, torch.device("cpu"))
-    else:
-        yield make_engine(target, drafter, LIMITS, threads=1)
+@pytest.fixture(scope="module", params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> Engine:
+    return tiny_engine(request.param, LIMITS)
 
 
 @pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(temperature=0.9, seed=5)], ids=str)

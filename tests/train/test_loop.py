@@ -144,8 +144,22 @@ def test_an_initial_drafter_is_where_training_starts(trained_on: Path, tmp_path:
     untouched = run(trained_on, tmp_path / "work", init=init, one_step_updates=0, alignment_updates=0, tuning_updates=0)
     assert untouched.drafter.draft_vocab is vocab
     assert all(same_weights(module, init.modules_[0]) for module in untouched.drafter.modules_)  # type: ignore[arg-type]
-    with pytest.raises(PrismError, match="single module"):
-        run(trained_on, tmp_path / "other", init=tiny_drafter(target, modules=2))
+
+
+def test_an_initial_drafter_with_several_modules_is_tuned_further(trained_on: Path, tmp_path: Path) -> None:
+    init = tiny_drafter(tiny_target(), modules=2).requires_grad_(True)
+    first = [{name: value.clone() for name, value in module.state_dict().items()} for module in init.modules_]
+    with pytest.raises(PrismError, match="--modules 2 --step-map 0,1"):
+        run(trained_on, tmp_path / "early", init=init)
+    only = {"one_step_updates": 0, "alignment_updates": 0, "modules": 2, "step_map": "0,1"}
+    with pytest.raises(PrismError, match="can only be tuned as it is"):
+        run(trained_on, tmp_path / "other", init=init, **only | {"modules": 3, "step_map": "0,1,2"})
+    tuned = run(trained_on, tmp_path / "work", init=init, **only).drafter
+    assert tuned.config.num_modules == 2
+    for module, before in zip(tuned.modules_, first, strict=True):
+        assert any(not torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    again = run(trained_on, tmp_path / "work", init=init, **only).drafter
+    assert all(map(same_weights, tuned.modules_, again.modules_))  # type: ignore[arg-type]
 
 
 def test_only_the_first_answers_are_trained_on_when_asked(trained_on: Path, tmp_path: Path) -> None:

@@ -62,8 +62,8 @@ def peers(
     """Decode the same prompts with every contestant, interleaved; the engine's plain decoding is the base."""
     if gguf and llama_python is None:
         raise PrismError("--gguf needs llama.cpp: pass --llama-python the interpreter that has llama_cpp")
-    torch.set_num_threads(threads)
     loaded = load_engine(engine, threads=threads)
+    torch.set_num_threads(threads)  # for transformers
     prompts = _prompts(load_engine_tokenizer(engine), questions or [], per_set, loaded, tokens)
     passes = pass_shapes(loaded.limits.context)
     context = max(max(map(len, prompts)) + tokens, max(shape.context + shape.tokens for shape in passes))

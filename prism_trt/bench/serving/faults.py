@@ -8,7 +8,7 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -39,6 +39,11 @@ class _Findings:
     def expect(self, condition: bool, sentence: str) -> None:
         if not condition:
             self.problems.append(sentence)
+
+    def ended(self, attempts: Sequence[Attempt], since: float) -> None:
+        """Note requests that were open when the fault came, at `since`, and have ended."""
+        self.attempts += attempts
+        self.figures["last open request failed after"] = max(attempt.ended for attempt in attempts) - since
 
     def result(self) -> Fault:
         outcomes = count(self.attempts)
@@ -173,8 +178,7 @@ def killed(role: Role) -> Scenario:
             async with _Load(bench, deployment.grpc_url, bench.slots, bench.slots) as load:
                 at = time.perf_counter()
                 os.kill(processes[role], signal.SIGKILL)
-                found.attempts += await load.ended()
-            found.figures["last open request failed after"] = max(a.ended for a in found.attempts) - at
+                found.ended(await load.ended(), at)
             await _await_red(bench, deployment, found, at)
             await _recover(bench, deployment, found, at)
             left = [pid for pid in processes.values() if command_of(pid)]
@@ -193,8 +197,7 @@ async def model_hangs(bench: Bench) -> Fault:
             at = time.perf_counter()
             os.kill(deployment.processes()["model"], signal.SIGSTOP)
             await _await_red(bench, deployment, found, at)
-            found.attempts += await load.ended()
-        found.figures["last open request failed after"] = max(a.ended for a in found.attempts) - at
+            found.ended(await load.ended(), at)
         await _recover(bench, deployment, found, at)
     _expect_nothing_left(deployment, found)
     return found.result()
@@ -209,8 +212,7 @@ async def launcher_killed(bench: Bench) -> Fault:
         async with _Load(bench, deployment.grpc_url, bench.slots, bench.slots) as load:
             at = time.perf_counter()
             deployment.launcher.kill()
-            found.attempts += await load.ended()
-    found.figures["last open request failed after"] = max(a.ended for a in found.attempts) - at
+            found.ended(await load.ended(), at)
     while any(command_of(pid) for pid in processes.values()) and time.perf_counter() - at < bench.recovery_seconds:
         await asyncio.sleep(_POLL_SECONDS)
     found.figures["all processes gone after"] = time.perf_counter() - at
@@ -231,8 +233,7 @@ async def launcher_and_keeper_killed(bench: Bench) -> Fault:
             os.kill(processes["keeper"], signal.SIGSTOP)
             deployment.launcher.kill()
             os.kill(processes["keeper"], signal.SIGKILL)
-            found.attempts += await load.ended()
-    found.figures["last open request failed after"] = max(a.ended for a in found.attempts) - at
+            found.ended(await load.ended(), at)
     found.figures["regions left behind (number)"] = len(deployment.shared_memory())
     with bench.start(deployment.ports) as following:
         _expect_nothing_left(deployment, found)
@@ -261,7 +262,7 @@ async def drained(bench: Bench) -> Fault:
         await client.close()
         code = await asyncio.to_thread(deployment.launcher.wait)
         found.figures["launcher ended after"] = time.perf_counter() - at
-    found.attempts += [*finished, *long, late]
+    found.attempts += [*finished, late]
     found.figures["short answers completed (number)"] = sum(attempt.outcome == "answers" for attempt in finished)
     found.figures["short answers open (number)"] = len(finished)
     found.expect(late.outcome == "refused", f"a request after the signal ended as {late.outcome}")
@@ -271,7 +272,7 @@ async def drained(bench: Bench) -> Fault:
     )
     found.expect(all(attempt.outcome == "failed" for attempt in long), "a long answer did not end with an error")
     found.expect(code == 0, f"the launcher's exit code was {code}")
-    found.figures["last open request failed after"] = max(attempt.ended for attempt in long) - at
+    found.ended(long, at)
     found.expect(
         found.figures["last open request failed after"] < GRACE + _DRAIN_MARGIN_SECONDS,
         "requests outlived the grace period",

@@ -406,6 +406,14 @@ void Engine::draft_round(Batch& batch, const int64_t* tokens, const int64_t* pos
             nodes[b].push_back({-1, 1, -1, draft_token(ranking.indices[size_t(b) * width + i]), ranking.log_probs[size_t(b) * width + i]});
     }
 
+    // The likeliest `most` of a row's nodes that are likely enough, best first, ties in the given order.
+    const auto keep_likeliest = [&](const std::vector<Node>& n, std::vector<int>& among, int most) {
+        std::stable_sort(among.begin(), among.end(), [&](int x, int y) { return n[x].log_prob > n[y].log_prob; });
+        size_t kept = 0;
+        while (kept < among.size() && kept < size_t(most) && n[among[kept]].log_prob >= least) ++kept;
+        among.resize(kept);
+    };
+
     std::vector<int64_t> step_tokens(size_t(rows) * width), step_positions(step_tokens.size());
     std::vector<uint8_t> mask;
     for (int k = 1; k < depth; ++k) {
@@ -417,12 +425,9 @@ void Engine::draft_round(Batch& batch, const int64_t* tokens, const int64_t* pos
             std::vector<int> candidates;
             for (int i = int(n.size()) - 1; i >= 0 && n[i].depth == k; --i) candidates.push_back(i);
             std::reverse(candidates.begin(), candidates.end());
-            std::stable_sort(candidates.begin(), candidates.end(), [&](int x, int y) { return n[x].log_prob > n[y].log_prob; });
-            size_t likely = 0;
-            while (likely < candidates.size() && likely < size_t(width) && n[candidates[likely]].log_prob >= least) ++likely;
-            candidates.resize(likely);
-            any = any || likely > 0;
-            for (size_t i = 0; i < likely; ++i) {
+            keep_likeliest(n, candidates, width);
+            any = any || !candidates.empty();
+            for (size_t i = 0; i < candidates.size(); ++i) {
                 const int node = candidates[i];
                 const size_t at = size_t(b) * width + i;
                 step_tokens[at] = n[node].token;
@@ -433,7 +438,7 @@ void Engine::draft_round(Batch& batch, const int64_t* tokens, const int64_t* pos
                 n[node].expanded = offset + int(i);
                 for (int up = node; up >= 0; up = n[up].parent) mask[at * seen + n[up].expanded] = 1;
             }
-            counts[b] = int64_t(likely);
+            counts[b] = int64_t(candidates.size());
             level[b] = std::move(candidates);
         }
         if (!any) break;
@@ -457,11 +462,8 @@ void Engine::draft_round(Batch& batch, const int64_t* tokens, const int64_t* pos
         // A child's log-probability is at most its parent's and it was generated later, so this order keeps ancestors first.
         std::vector<int> order(n.size());
         std::iota(order.begin(), order.end(), 0);
-        std::stable_sort(order.begin(), order.end(), [&](int x, int y) { return n[x].log_prob > n[y].log_prob; });
-        size_t likely = 0;
-        while (likely < order.size() && likely < size_t(size - 1) && n[order[likely]].log_prob >= least) ++likely;
-        order.resize(likely);
-        tree.counts[b] = 1 + int64_t(likely);
+        keep_likeliest(n, order, size - 1);
+        tree.counts[b] = 1 + int64_t(order.size());
         std::sort(order.begin(), order.end());  // generation order is depth order
         std::vector<int> place_of(n.size(), -1);
         const size_t base = size_t(b) * size;
@@ -469,7 +471,7 @@ void Engine::draft_round(Batch& batch, const int64_t* tokens, const int64_t* pos
         tree.parents[base] = tree.depths[base] = 0;
         tree.log_probs[base] = 0.0f;
         tree.mask[base * size] = 1;
-        for (size_t i = 0; i < likely; ++i) {
+        for (size_t i = 0; i < order.size(); ++i) {
             const Node& node = n[order[i]];
             const int at = int(i) + 1, parent = node.parent < 0 ? 0 : place_of[node.parent];
             place_of[order[i]] = at;

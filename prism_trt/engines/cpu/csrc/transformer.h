@@ -78,24 +78,25 @@ private:
     size_t at_ = 0;
 };
 
-static inline void rms_norm(const float* x, const float* weight, float eps, int width, bf16* out) {
+// One over the root mean square of a row, whose vectors at(0), at(16), ... gives.
+template <typename At>
+static inline vf inverse_rms(int width, float eps, At&& at) {
     vf sum = {};
     for (int i = 0; i < width; i += kLanes) {
-        const vf v = load(x + i);
+        const vf v = at(i);
         sum = fma(v, v, sum);
     }
-    const vf scale = splat(1.0f / std::sqrt(reduce_sum(sum) / float(width) + eps));
+    return splat(1.0f / std::sqrt(reduce_sum(sum) / float(width) + eps));
+}
+
+static inline void rms_norm(const float* x, const float* weight, float eps, int width, bf16* out) {
+    const vf scale = inverse_rms(width, eps, [&](int i) { return load(x + i); });
     for (int i = 0; i < width; i += kLanes) store_bf16(out + i, load(x + i) * scale * load(weight + i));
 }
 
 // Divides a row by its root mean square.
 static inline void normalize(const bf16* x, float eps, int width, bf16* out) {
-    vf sum = {};
-    for (int i = 0; i < width; i += kLanes) {
-        const vf v = load_bf16(x + i);
-        sum = fma(v, v, sum);
-    }
-    const vf scale = splat(1.0f / std::sqrt(reduce_sum(sum) / float(width) + eps));
+    const vf scale = inverse_rms(width, eps, [&](int i) { return load_bf16(x + i); });
     for (int i = 0; i < width; i += kLanes) store_bf16(out + i, load_bf16(x + i) * scale);
 }
 
