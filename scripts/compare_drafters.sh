@@ -66,8 +66,9 @@ seed_of_everything() { # SEED: all arms of one training seed
     fi
 }
 
-bench() { # RESULT REFERENCE TREE,... TEMPERATURE,... NAME=ARM...: results of the named arms, all seeds
-    local result=$1 reference=$2 trees=$3 temperatures=$4 arguments=() pair arm seed value
+bench() { # RESULT REFERENCE TREE,... OPTIONS NAME=ARM...: results of the named arms, all seeds
+    local result=$1 reference=$2 trees=$3 arguments=() pair arm seed value
+    read -ra arguments <<<"$4"
     shift 4
     for pair in "$@"; do
         for seed in $seeds; do
@@ -78,7 +79,6 @@ bench() { # RESULT REFERENCE TREE,... TEMPERATURE,... NAME=ARM...: results of th
         done
     done
     for value in ${trees//,/ }; do arguments+=(--tree "$value"); done
-    for value in ${temperatures//,/ }; do arguments+=(--temperature "$value"); done
     python -m prism_trt.bench "${arguments[@]}" --questions "$sets"/*/question.jsonl --per-set "$per_set" \
         --max-new-tokens 64 --batch 8 --reference "$reference" --json "$work/$result.json" \
         --markdown "$work/$result.md" --plots "$work/$result-plots"
@@ -98,17 +98,18 @@ done
 for process in "${running[@]}"; do wait "$process"; done
 
 if [[ $parts == *main* ]]; then
-    bench comparison hass 16/4/6,60/10/6 0,1 eagle2=eagle2 eagle2-equal-compute=eagle2-equal-compute hass=hass \
-        prism=prism "prism*=prism-star" standard=standard
+    arms=(eagle2=eagle2 eagle2-equal-compute=eagle2-equal-compute hass=hass prism=prism "prism*=prism-star" standard=standard)
+    bench comparison hass 16/4/6,60/10/6 --replay "${arms[@]}"
+    bench comparison-sampled hass 16/4/6 "--temperature 1" "${arms[@]}"
 fi
 if [[ $parts == *ablations* ]]; then
-    bench ablations prism 16/4/6 0 prism=prism m1=prism-m1 m3=prism-m3 current=prism-current aligned=prism-aligned \
+    bench ablations prism 16/4/6 --replay prism=prism m1=prism-m1 m3=prism-m3 current=prism-current aligned=prism-aligned \
         steps-2=prism-steps-2 steps-6=prism-steps-6 lr=prism-lr no-hidden=prism-no-hidden
 fi
 if [[ $parts == *sizes* ]]; then
     points=()
     for size in $sizes; do
-        bench "size-$size" hass 16/4/6 0 "hass=hass-$size" "prism=prism-$size"
+        bench "size-$size" hass 16/4/6 --replay "hass=hass-$size" "prism=prism-$size"
         points+=(--point "$size=$work/size-$size.json")
     done
     python -m prism_trt.bench.scaling "${points[@]}" --plot "$work/scaling.png" --markdown "$work/scaling.md"

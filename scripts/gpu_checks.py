@@ -157,13 +157,13 @@ def _tensorrt_steps(inputs: Inputs, profile: str, runtime: str) -> list[Step]:
 
 
 def _training(inputs: Inputs) -> Step:
-    """The recipe of ``scripts/train_shipped_drafter.sh``, generation included."""
+    """The best recipe of docs/results.md, generation included."""
     command = ["-m", "prism_trt.train", "--device", "cuda", "--target", str(inputs.target)]
     command += ["--data", str(inputs.prompts), "--answers", str(inputs.answers)]
     command += ["--out", str(inputs.out / "drafter"), "--work", str(inputs.work / "training"), "--overwrite"]
     command += ["--max-prompt-tokens", "768", "--max-new-tokens", "256", "--sampled-share", "0"]
-    command += ["--rows-per-update", "1024", "--one-step-updates", "7000"]
-    command += ["--alignment-updates", "1000", "--tuning-updates", "900"]
+    command += ["--rows-per-update", "1024", "--one-step-updates", "7000", "--alignment-updates", "0"]
+    command += ["--tuning-updates", "3000", "--tuning-hidden-weight", "1"]
     return Step(
         "training", tuple(command), 600, needs=(*_CORE, "tensorboard", "datasketch"), lacks=_missing_target(inputs)
     )

@@ -65,6 +65,14 @@ def bench(
     batch: Annotated[
         int, typer.Option(min=1, help="Questions answered at a time; above 1, only acceptance is measured.")
     ] = 1,
+    replay: Annotated[
+        bool,
+        typer.Option(
+            "--replay",
+            help="Draft along vanilla's greedy answers without verification passes: only acceptance is measured, in a "
+            "fraction of the time.",
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of sampling and of the bootstrap.")] = 0,
     repeats: Annotated[int, typer.Option(min=1, help="Answers to each question in each mode.")] = 1,
     threads: Annotated[int | None, typer.Option(min=1, help="Engine threads. Default: the engine's choice.")] = None,
@@ -87,6 +95,7 @@ def bench(
             "temperatures": tuple(temperature or (0.0,)),
             "max_new_tokens": max_new_tokens,
             "batch": batch,
+            "replay": replay,
             "seed": seed,
             "repeats": repeats,
             "reference": reference,

@@ -125,9 +125,11 @@ def run_sweep(
     bandwidth: list[float] = []
     samples: list[SweepSample] = []
     taken = 0
-    most = max(settings.batches)
-    for mode in modes:  # so that no first run pays for anything, such as the first use of a slot's memory
-        _run(engine, _requests(prompts, 0, most, most, mode.tree, 8, eos_token_ids), most, planner)
+    # So that no run pays for the first use of anything, such as a slot's memory.
+    slots, most = engine.limits.slots, settings.max_new_tokens
+    _run(engine, _requests(prompts, 0, slots, 1, None, most, eos_token_ids), slots, planner)
+    for mode in modes[1:]:
+        _run(engine, _requests(prompts, 0, 2, 1, mode.tree, 16, eos_token_ids), 2, planner)
     for repeat in range(settings.repeats):
         for place, batch in enumerate(settings.batches):
             bandwidth.append(probe.measure())

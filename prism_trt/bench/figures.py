@@ -37,7 +37,7 @@ def write_plots(result: BenchResult, directory: Path) -> list[Path]:
             figures[f"acceptance_length{ending}.png"] = _bars(
                 chosen, lambda summary: summary.al_pooled, "acceptance length (pooled)"
             )
-            if settings.batch == 1:
+            if settings.timed:
                 figures[f"speedup{ending}.png"] = _bars(
                     chosen, lambda summary: summary.speedup, "decode speed-up over vanilla"
                 )

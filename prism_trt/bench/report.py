@@ -71,13 +71,15 @@ def markdown(result: BenchResult) -> str:
     temperatures = ", ".join(f"{temperature:g}" for temperature in settings.temperatures)
     infos = [info for method in result.methods for info in method.engines]
     engines = [" ".join(filter(None, (info.profile, info.runtime, info.isa, info.dtype))) for info in infos]
-    if settings.batch == 1:
+    if settings.timed:
         manner = (
             "Batch 1, modes interleaved question by question; tok/s are pooled and leave out the prefill, except for "
             "the end-to-end ratio."
         )
     else:
-        manner = f"{settings.batch} questions at a time, for acceptance only: speed was not measured."
+        manner = f"{settings.batch} question(s) at a time, for acceptance only: speed was not measured."
+        if settings.replay:
+            manner += " Drafts followed vanilla's answers and were not verified by the target."
     blocks = [
         f"{manner} At most {settings.max_new_tokens} new tokens, temperature {temperatures}, {settings.repeats} "
         "repeat(s).",
@@ -113,7 +115,7 @@ def console_table(result: BenchResult) -> Table:
     ]
     constant = [f"{name} {values[0]}" for name, values in columns if name != "set" and len(set(values)) == 1]
     columns = [(name, values) for name, values in columns if name == "set" or len(set(values)) > 1]
-    if result.settings.batch == 1:
+    if result.settings.timed:
         columns += [
             ("vanilla tok/s", [number_text(summary.vanilla.decode_tps, 1) for summary in result.summaries]),
             ("tok/s", [number_text(summary.rates.decode_tps, 1) for summary in result.summaries]),

@@ -21,10 +21,18 @@ class BenchSettings(StrictModel):
     temperatures: tuple[float, ...] = Field((0.0,), min_length=1)
     max_new_tokens: int = Field(128, ge=2)
     batch: int = Field(1, ge=1, description="questions answered at a time; times are measured only when it is 1")
+    replay: bool = Field(
+        False, description="drafts follow vanilla's answers without verification passes; only acceptance is measured"
+    )
     seed: int = Field(0, ge=0, description="seed of the samplers and of the bootstrap")
     repeats: int = Field(1, ge=1, description="answers per question; a sampler's seed grows by 1 with each")
     reference: str | None = Field(None, description="method that the others are compared with")
     bootstrap_samples: int = Field(2000, ge=1)
+
+    @property
+    def timed(self) -> bool:
+        """Whether times are measured."""
+        return self.batch == 1 and not self.replay
 
 
 class EngineInfo(StrictModel):
@@ -66,7 +74,9 @@ class GenerationRecord(StrictModel):
     decode_seconds: float | None
     total_seconds: float | None
     finish_reason: str
-    identical: bool | None = Field(description="the tokens are those of vanilla's first answer; None when sampling")
+    identical: bool | None = Field(
+        description="the tokens are those of vanilla's first answer; None when sampling or replayed"
+    )
 
 
 class QuestionRecord(StrictModel):

@@ -16,6 +16,7 @@ import prism_trt
 from prism_trt.bench.bandwidth import BandwidthProbe
 from prism_trt.bench.methods import Method
 from prism_trt.bench.questions import Question
+from prism_trt.bench.replay import KnownAnswer, ReplayEngine, known_answers
 from prism_trt.bench.results import (
     VANILLA,
     Bandwidth,
@@ -63,7 +64,7 @@ def run_bench(
     """Answer `questions` with plain decoding and with every method, tree and temperature.
 
     With ``settings.batch`` 1 the modes take turns question by question in rotating order, so that drift of a shared
-    machine hits all of them alike. In larger batches nothing is timed.
+    machine hits all of them alike. In larger batches, and in a replay, nothing is timed.
 
     Args:
         finished: records of questions answered earlier, by index; they are taken over.
@@ -72,16 +73,19 @@ def run_bench(
             `count_answers` of the questions not in `finished`.
 
     Raises:
-        PrismError: the reference is not among the drafting methods, or no question fits the context.
+        PrismError: the reference is not among the drafting methods, a temperature cannot be replayed, or no question
+            fits the context.
     """
     drafting = [method.name for method in methods if method.name != VANILLA]
     if settings.reference is not None and settings.reference not in drafting:
         raise PrismError(
             f"the reference {settings.reference} is not among the drafting methods: name one of {', '.join(drafting)}"
         )
+    if settings.replay and any(settings.temperatures):
+        raise PrismError("only greedy answers can be replayed: leave out --temperature or --replay")
     run = _Run(modes_of(methods, settings.trees), tokenizer, settings, on_answers)
     records: dict[int, QuestionRecord | None] = dict(finished or {})
-    if settings.batch == 1:
+    if settings.timed:
         run.warm_up()
     size = 1 if settings.batch == 1 else _BATCHES_PER_GROUP * settings.batch
     left = [index for index in range(len(questions)) if index not in records]
@@ -226,15 +230,17 @@ class _Run:
                         prompts[index] = prompt
             if not prompts:
                 return
+            known = self._known_answers(list(prompts.values())) if settings.replay else {}
             answers = [
-                (mode, repeat, *self._answer(mode, list(prompts.values()), temperature, repeat))
+                (mode, repeat, *self._answer(mode, list(prompts.values()), temperature, repeat, known))
                 for repeat in range(settings.repeats)
                 for mode in in_turn(self._modes, number + turn + repeat)
             ]
             references = next(results for mode, repeat, results, _ in answers if (mode.tree, repeat) == (None, 0))
             for mode, repeat, results, seconds in answers:
                 for index, result, reference in zip(prompts, results, references, strict=True):
-                    identical = result.tokens == reference.tokens if temperature == 0 else None
+                    replayed = settings.replay and mode.tree is not None
+                    identical = None if temperature or replayed else result.tokens == reference.tokens
                     generations[index].append(
                         _record(mode, turn, repeat, temperature, len(prompts[index]), result, seconds, identical)
                     )
@@ -243,10 +249,21 @@ class _Run:
                 answer = tokenizer.decode(_without_eos(reference.tokens, tokenizer))
                 conversations[index].append({"role": "assistant", "content": answer})
 
+    def _known_answers(self, prompts: Sequence[list[int]]) -> dict[object, list[KnownAnswer]]:
+        """The target's answers by the states it gives as features, as far as a last round may look ahead."""
+        tokens = self._settings.max_new_tokens + max(tree.depth for tree in self._settings.trees)
+        engines = {_features_of(mode.engine): mode.engine for mode in self._modes if mode.tree is not None}
+        return {fed: known_answers(engine, prompts, tokens) for fed, engine in engines.items()}
+
     def _answer(
-        self, mode: Mode, prompts: Sequence[list[int]], temperature: float, repeat: int
+        self,
+        mode: Mode,
+        prompts: Sequence[list[int]],
+        temperature: float,
+        repeat: int,
+        known: Mapping[object, list[KnownAnswer]],
     ) -> tuple[list[Result], float | None]:
-        """Answers to `prompts` and, when there is no batch, their wall time."""
+        """Answers to `prompts` and, when they are timed, their wall time."""
         requests = [
             Request(
                 prompt=prompt,
@@ -257,11 +274,13 @@ class _Run:
             )
             for prompt in prompts
         ]
+        replayed = self._settings.replay and mode.tree is not None
+        engine = ReplayEngine(mode.engine, known[_features_of(mode.engine)]) if replayed else mode.engine
         start = time.perf_counter()
-        results = generate(mode.engine, requests)
+        results = generate(engine, requests)
         seconds = time.perf_counter() - start
         self._on_answers(len(results))
-        return results, seconds if self._settings.batch == 1 else None
+        return results, seconds if self._settings.timed else None
 
 
 def _record(
@@ -295,6 +314,11 @@ def _record(
         finish_reason=str(result.finish_reason),
         identical=identical,
     )
+
+
+def _features_of(engine: Engine) -> object:
+    """What engines whose features are the same share."""
+    return getattr(engine, "feature_layers", None) or id(engine)
 
 
 def _count_answers(modes: Sequence[Mode], questions: Sequence[Question], settings: BenchSettings) -> int:

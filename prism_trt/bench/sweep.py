@@ -14,6 +14,7 @@ from prism_trt.bench.prompts import PROMPTS
 from prism_trt.bench.questions import load_questions
 from prism_trt.bench.report import estimate_text, markdown_table
 from prism_trt.bench.results import VANILLA, write_json
+from prism_trt.build.latency import request_counts
 from prism_trt.cli import run
 from prism_trt.config import TreeShape, parse
 from prism_trt.engines.loading import load_engine, load_engine_tokenizer, load_planner
@@ -53,7 +54,7 @@ def sweep(
     tokenizer = load_engine_tokenizer(engine)
     texts = [question.turns[0] for question in load_questions(questions)] if questions else list(PROMPTS)
     prompts = [tokenizer.encode_chat([{"role": "user", "content": text}]) for text in texts]
-    sizes = batch or [1 << i for i in range(loaded.limits.slots.bit_length())]
+    sizes = batch or request_counts(loaded.limits.slots)
     settings = parse(
         SweepSettings,
         {

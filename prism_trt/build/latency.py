@@ -46,7 +46,7 @@ def measure(engine: Engine, seconds: float = 6.0) -> LatencyTable:
             would take more than half of it; repetitions end with it.
     """
     context = max(1, min(_CONTEXT, engine.limits.context // 4, engine.limits.tokens_per_call))
-    counts = _request_counts(min(engine.limits.slots, _MOST_REQUESTS))
+    counts = request_counts(min(engine.limits.slots, _MOST_REQUESTS))
     features = _fill(engine, counts[-1], context)
     start = time.perf_counter()
     calls = [call for requests in counts for call in _calls(engine, requests, context, features[:, -1:])]
@@ -80,7 +80,7 @@ def _fill(engine: Engine, slots: int, length: int) -> Tensor:
     return features
 
 
-def _request_counts(most: int) -> list[int]:
+def request_counts(most: int) -> list[int]:
     """1, 2, 4, ..., `most`."""
     return [1 << i for i in range(most.bit_length()) if 1 << i < most] + [most]
 

@@ -152,7 +152,7 @@ class GraphedTorchEngine(TorchEngine):
 
     def _recorded_forward(self, logits_for: LogitsFor, inputs: Tensors) -> Tensors:
         final, features = self._target.forward_resolved(
-            inputs[_TOKENS], inputs[_POSITIONS], _access(inputs), self._pool, self._feature_layers
+            inputs[_TOKENS], inputs[_POSITIONS], _access(inputs), self._pool, self.feature_layers
         )
         if logits_for == "none":
             return {_FEATURES: features}

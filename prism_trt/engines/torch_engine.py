@@ -49,8 +49,8 @@ class TorchEngine:
         self.device = device
         self.limits = limits
         self.vocab_size = config.vocab_size
-        self._feature_layers = feature_layers or fed_layers(config, drafter.config if drafter else None)
-        self.feature_size = len(self._feature_layers) * config.hidden_size
+        self.feature_layers = feature_layers or fed_layers(config, drafter.config if drafter else None)
+        self.feature_size = len(self.feature_layers) * config.hidden_size
         self.hidden_size = drafter.config.hidden_size if drafter else config.hidden_size
         self.has_drafter = drafter is not None
         self.draft_vocab = None
@@ -85,7 +85,7 @@ class TorchEngine:
             ValueError: two rows share a slot, or a slot does not exist.
         """
         self._check_size(batch)
-        final, features = self._target(batch, self._pool, self._feature_layers)
+        final, features = self._target(batch, self._pool, self.feature_layers)
         if logits_for == "none":
             return TargetOutput(features, None, None)
         logits = self._target.head(final if logits_for == "all" else last_valid(final, batch.counts))

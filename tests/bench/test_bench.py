@@ -20,6 +20,7 @@ from prism_trt.bench.results import BenchResult, BenchSettings, EngineInfo, Gene
 from prism_trt.bench.runner import count_answers, in_turn, modes_of, run_bench
 from prism_trt.bench.summary import summarise
 from prism_trt.config import TreeShape
+from prism_trt.engines.loading import make_engine
 from prism_trt.engines.protocol import Engine, EngineLimits, TargetOutput, TokenBatch
 from prism_trt.engines.torch_engine import TorchEngine
 from prism_trt.errors import PrismError
@@ -80,7 +81,7 @@ def generations(
 
 def counts(questions: Iterable[QuestionRecord]) -> Counter[tuple[Any, ...]]:
     """Every answer without its times, whatever the order."""
-    timeless = {"prefill_seconds", "decode_seconds", "total_seconds"}
+    timeless = {"prefill_seconds", "decode_seconds", "total_seconds", "identical"}
     return Counter(
         (question.set, question.question_id, entry.model_dump_json(exclude=timeless))
         for question in questions
@@ -232,6 +233,23 @@ def test_a_batch_counts_the_same_and_times_nothing(result: BenchResult, methods:
         assert (batched.al_pooled, batched.step_acceptance) == (single.al_pooled, single.step_acceptance)
         assert batched.speedup is batched.end_to_end_speedup is batched.rates.decode_tps is None
         assert batched.to_reference is None or batched.to_reference.decode_tps is None
+
+
+def test_a_replay_counts_what_decoding_counts() -> None:
+    limits = EngineLimits(2, 256, 64)
+    compiled = [
+        method(name, make_engine(*agreeing_models(noises[-1]), limits, threads=1)) for name, noises in NOISES.items()
+    ]
+    together = SETTINGS.model_copy(update={"batch": 2, "repeats": 1})
+    decoded = run_bench(compiled, TOKENIZER, QUESTIONS, together)
+    replayed = run_bench(compiled, TOKENIZER, QUESTIONS, together.model_copy(update={"replay": True}))
+    assert counts(replayed.questions) == counts(decoded.questions)
+    assert decoded.identical
+    for some, others in zip(replayed.summaries, decoded.summaries, strict=True):
+        assert (some.al_pooled, some.step_acceptance) == (others.al_pooled, others.step_acceptance)
+        assert some.identical is None
+    with pytest.raises(PrismError, match="only greedy answers can be replayed"):
+        run_bench(compiled, TOKENIZER, QUESTIONS, together.model_copy(update={"replay": True, "temperatures": (1.0,)}))
 
 
 def test_each_temperature_is_measured_on_its_own_and_sampling_is_not_compared(methods: list[Method]) -> None:

@@ -46,6 +46,7 @@ class CpuEngine:
         self.has_drafter = dims.modules > 0
         self.limits = EngineLimits(slots=dims.slots, context=dims.context, tokens_per_call=dims.tokens)
         self.vocab_size = dims.vocab
+        self.feature_layers = tuple(feature_layers)
         self.feature_size = len(feature_layers) * dims.hidden
         self.hidden_size = dims.draft_hidden or dims.hidden
         self._draft_size = dims.draft_vocab
