@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Literal
 
 import numpy as np
@@ -33,7 +34,7 @@ class SweepSettings(StrictModel):
     trees: tuple[TreeShape, ...] = Field(min_length=1, description="fixed trees")
     max_new_tokens: int = Field(96, ge=2)
     repeats: int = Field(4, ge=1, description="blocks per batch size; each runs every mode on the same requests")
-    least_requests: int = Field(6, ge=1, description="requests of a block, if more than three times the batch size")
+    least_answers: int = Field(6, ge=1, description="answers' worth of tokens in a block, if more than two batches")
     seed: int = Field(0, ge=0, description="of the bootstrap")
     bootstrap_samples: int = Field(2000, ge=1)
 
@@ -44,7 +45,7 @@ class SweepSample(StrictModel):
     batch: int
     repeat: int
     mode: str = Field(description="vanilla, planner, or a tree as SIZE/WIDTH/DEPTH")
-    tokens: int = Field(description="put out while the batch was full")
+    tokens: int = Field(description="put out in the time")
     seconds: float
     identical: bool = Field(description="every request's tokens are vanilla's, as far as both went")
     rounds: dict[str, int] = Field(description="the planner's rounds by plan")
@@ -100,11 +101,10 @@ def run_sweep(
     """Measure every mode at every batch size.
 
     In a block, a fixed number of requests runs at a time and each that ends is followed by the next, as in a busy
-    server. The first ones are of all lengths, so that later ones come one by one; otherwise whole batches would end
-    together without speculation only, and a window would hold another share of prefilling in each mode. Tokens count
-    from when all have their first token until one ends without a successor; what is spent on prefilling the successors
-    counts as well. The modes of a block take turns on the same requests in rotating order, so that drift of a shared
-    machine hits all alike, and ratios are taken within blocks.
+    server. The first ones are of all lengths, so that later ones come one by one. Time runs from when all have their
+    first token until so many more tokens are out; what is spent on prefilling the successors counts as well. The modes
+    of a block take turns on the same requests in rotating order, so that drift of a shared machine hits all alike, and
+    ratios are taken within blocks.
 
     Args:
         engine: with a drafter and enough slots.
@@ -125,26 +125,26 @@ def run_sweep(
     bandwidth: list[float] = []
     samples: list[SweepSample] = []
     taken = 0
-    # So that no run pays for the first use of anything, such as a slot's memory.
+    # So that no run pays for the first use of anything, such as a slot's memory in the target and in the drafter.
     slots, most = engine.limits.slots, settings.max_new_tokens
-    _run(engine, _requests(prompts, 0, slots, 1, None, most, eos_token_ids), slots, planner)
-    for mode in modes[1:]:
-        _run(engine, _requests(prompts, 0, 2, 1, mode.tree, 16, eos_token_ids), 2, planner)
+    _run(engine, _requests(prompts, 0, 1, AUTO, most, eos_token_ids), slots, slots * most, planner)
+    for mode in modes:
+        _run(engine, _requests(prompts, 0, 1, mode.tree, 16, eos_token_ids), 1, 16, planner)
     for repeat in range(settings.repeats):
         for place, batch in enumerate(settings.batches):
             bandwidth.append(probe.measure())
-            count = max(3 * batch, settings.least_requests)
+            wanted = max(2 * batch, settings.least_answers) * most
             outputs: dict[str, list[list[int]]] = {}
             block: list[SweepSample] = []
             for mode in in_turn(modes, repeat + place):
                 before = Counter(planner.rounds)
-                requests = _requests(prompts, taken, count, batch, mode.tree, settings.max_new_tokens, eos_token_ids)
-                tokens, seconds, outputs[mode.name] = _run(engine, requests, batch, planner)
+                requests = _requests(prompts, taken, batch, mode.tree, most, eos_token_ids)
+                tokens, seconds, outputs[mode.name] = _run(engine, requests, batch, wanted, planner)
                 rounds = {_plan_name(plan): n for plan, n in (planner.rounds - before).items()}
                 fields = {"batch": batch, "repeat": repeat, "mode": mode.name, "tokens": tokens, "seconds": seconds}
                 block.append(SweepSample(**fields, identical=True, rounds=rounds))
                 on_run()
-            taken += count
+            taken += max(map(len, outputs.values()))
             for sample in block:
                 same = all(map(_agree, outputs[sample.mode], outputs[VANILLA]))
                 samples.append(sample.model_copy(update={"identical": same}))
@@ -226,43 +226,33 @@ def _check(engine: Engine, prompts: Sequence[list[int]], settings: SweepSettings
 
 
 def _requests(
-    prompts: Sequence[list[int]],
-    first: int,
-    count: int,
-    batch: int,
-    tree: RequestTree,
-    most: int,
-    eos_token_ids: tuple[int, ...],
-) -> list[Request]:
-    """`count` requests of at most `most` tokens; the first `batch` of them end at evenly spaced times."""
-    lengths = [max(2, most * (i + 1) // batch) if i < batch else most for i in range(count)]
-    return [
-        Request(prompts[(first + i) % len(prompts)], length, eos_token_ids=eos_token_ids, tree=tree)
-        for i, length in enumerate(lengths)
-    ]
+    prompts: Sequence[list[int]], first: int, batch: int, tree: RequestTree, most: int, eos_token_ids: tuple[int, ...]
+) -> Iterator[Request]:
+    """Endless requests of at most `most` tokens; the first `batch` of them end at evenly spaced times."""
+    for i in count():
+        length = max(2, most * (i + 1) // batch) if i < batch else most
+        yield Request(prompts[(first + i) % len(prompts)], length, eos_token_ids=eos_token_ids, tree=tree)
 
 
-def _run(engine: Engine, requests: list[Request], batch: int, planner: Planner) -> tuple[int, float, list[list[int]]]:
-    """Tokens and seconds with `batch` requests running, and every request's tokens so far."""
+def _run(
+    engine: Engine, requests: Iterator[Request], batch: int, wanted: int, planner: Planner
+) -> tuple[int, float, list[list[int]]]:
+    """Tokens (`wanted` or a few more) and seconds with `batch` requests running; every request's tokens so far."""
     decoder = Decoder(engine, planner=planner)
-    outputs: list[list[int]] = [[] for _ in requests]
-    waiting = deque(requests)
-    for _ in range(min(batch, len(requests))):
-        decoder.add(waiting.popleft())
+    outputs: list[list[int]] = []
     begun: set[int] = set()
     start, tokens = math.nan, 0
-    while True:
-        events = decoder.step()
-        for event in events:
+    while tokens < wanted:
+        while decoder.active < batch:
+            decoder.add(next(requests))
+            outputs.append([])
+        for event in decoder.step():
             begun.add(event.id)
             outputs[event.id] += event.tokens
             tokens += 0 if math.isnan(start) else len(event.tokens)
-            if event.finished and waiting:
-                decoder.add(waiting.popleft())
         if math.isnan(start) and len(begun) >= batch:
             start = time.perf_counter()
-        if decoder.active < min(batch, len(requests)):
-            return tokens, time.perf_counter() - start, outputs
+    return tokens, time.perf_counter() - start, outputs
 
 
 def _agree(some: list[int], others: list[int]) -> bool:

@@ -28,6 +28,7 @@ from prism_trt.bench.results import (
 )
 from prism_trt.bench.summary import all_identical, summarise
 from prism_trt.config import TreeShape
+from prism_trt.engines.loading import default_threads
 from prism_trt.engines.protocol import Engine
 from prism_trt.errors import PrismError
 from prism_trt.speculative.decoder import Request, Result, generate
@@ -142,7 +143,7 @@ def in_turn(modes: Sequence[AnyMode], number: int) -> list[AnyMode]:
 
 def summarise_bandwidth(rates: Sequence[float]) -> Bandwidth:
     """Median and range of measured GB/s."""
-    return Bandwidth(median=statistics.median(rates), low=min(rates), high=max(rates), threads=torch.get_num_threads())
+    return Bandwidth(median=statistics.median(rates), low=min(rates), high=max(rates), threads=default_threads())
 
 
 def environment() -> Environment:

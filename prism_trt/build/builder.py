@@ -26,7 +26,7 @@ from prism_trt.engines.loading import (
     TARGET_DIRECTORY,
     TOKENIZER_DIRECTORY,
     default_threads,
-    single_torch_thread,
+    torch_threads,
 )
 from prism_trt.engines.manifest import ENGINE_KIND, ENGINE_MANIFEST, EngineManifest
 from prism_trt.engines.protocol import Engine, EngineLimits
@@ -208,7 +208,7 @@ def _write_cpu_engine(plan: BuildPlan, settings: CpuProfile, say: Callable[[str]
         say(f"The engine runs on torch in float32, because {reason}.")
         _write_torch_files(plan.directory, model, draft)
         engine = TorchEngine(model, draft, limits, torch.device("cpu"), torch.float32)
-    with single_torch_thread() if chosen else nullcontext():
+    with torch_threads(1) if chosen else nullcontext():
         latency = measure(engine)
     return {
         "runtime": "cpp" if chosen else "torch",

@@ -36,10 +36,13 @@ def default_threads() -> int:
 
 
 @contextmanager
-def single_torch_thread() -> Iterator[None]:
-    """For work of a compiled engine: it has threads of its own, and torch's would wait for the same processors."""
+def torch_threads(count: int) -> Iterator[None]:
+    """Leave torch so many threads meanwhile.
+
+    Beside a compiled engine, 1: it has threads of its own, and torch's would wait for the same processors.
+    """
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:
@@ -72,7 +75,7 @@ def load_engine(path: Path, threads: int | None = None, slots: int | None = None
         return open_engine(path, manifest)
     if manifest.runtime == "cpp":
         engine = open_files(path, manifest.target, manifest.drafter, limits, threads)
-        torch.set_num_threads(1)  # for as long as the process serves it: see `single_torch_thread`
+        torch.set_num_threads(1)  # for as long as the process serves it: see `torch_threads`
         engine.default_tree = manifest.default_tree
         return engine
 

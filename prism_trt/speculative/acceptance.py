@@ -25,6 +25,8 @@ Array = NDArray[np.float64]
 MOST_STEPS = 16
 """The deepest tree there is (`TreeShape.depth`)."""
 _LEAST, _MOST = 0.01, 0.98
+_PRUNED_SHARE = 0.8
+"""Of what the model expects of a tree, what is assumed to be left without its improbable nodes."""
 
 
 @dataclass(frozen=True)
@@ -128,8 +130,7 @@ class AcceptanceEstimate:
 
     def accepted(self, shape: TreeShape) -> float:
         """Expected number of accepted drafted tokens of a round of one request."""
-        factor = self._factors.get(shape)
-        return sum(self._chances(shape)) * (1.0 if factor is None else min(2.0, max(0.5, factor.value)))
+        return sum(self._chances(shape)) * min(2.0, max(0.5, self._factor(shape).value))
 
     def drafted(self, shape: TreeShape) -> float:
         """Expected nodes of a tree besides the root; fewer than its size where improbable ones are left out."""
@@ -155,13 +156,16 @@ class AcceptanceEstimate:
             # The step's chance that would have made the model expect this share, to first order.
             self._steps[k].add(_bounded(self._evaluated[k] * share * chances[k] / chances[k + 1]), trials, self.WINDOW)
         expected = sum(chances[1:])
-        factor = self._factors.setdefault(shape, _Average(1.0, 2 * self.PRIOR_WEIGHT))
-        factor.add(sum(accepted) / (len(accepted) * expected), len(accepted), self.WINDOW)
+        self._factor(shape).add(sum(accepted) / (len(accepted) * expected), len(accepted), self.WINDOW)
         self._rounds += 1
         if self._rounds >= min(self.REFRESH, self._steps[0].weight / 4):
             self._rounds = 0
             self._evaluated = self.first
             self._reached.clear()
+
+    def _factor(self, shape: TreeShape) -> _Average:
+        expected = _PRUNED_SHARE if shape.min_probability else 1.0
+        return self._factors.setdefault(shape, _Average(expected, 2 * self.PRIOR_WEIGHT))
 
     def _chances(self, shape: TreeShape) -> tuple[float, ...]:
         if shape not in self._reached:

@@ -60,6 +60,8 @@ _DOUBT = 0.4
 _DOUBT_DOUBLES = 1000
 """Rounds without a measurement after which the uncertainty has doubled."""
 _MOST_DOUBT = 0.9
+_BASE_EVERY = 50
+"""Rounds after which no speculation is measured again, whatever is thought of it: all else has to beat it."""
 _TRIAL_EVERY = 4
 """Rounds from one trial to the next at least."""
 _MOST_CREDIT = 5
@@ -269,22 +271,28 @@ class Planner:
         for plan, value in rates.items():
             if plan != chosen:
                 hoped = value * (1 + doubts[plan])
-                if plan is None and (plan, place) not in self._corrections:
-                    hoped = math.inf  # what everything else has to beat is measured first
+                unknown = (plan, place) not in self._corrections
+                if plan is None and (unknown or self._age(plan, place) >= _BASE_EVERY):
+                    hoped = math.inf
                 if hoped > promised:
                     rival, promised = plan, hoped
         milliseconds = self._milliseconds(chosen, load)
         decision = _Decision(chosen, rival, math.inf, milliseconds)
         if rival != chosen:
-            cost = 0.0 if promised == math.inf else self._loss(rival, load, decision)
-            decision = decision._replace(cost=cost)
+            first = rival is None and (rival, place) not in self._corrections
+            decision = decision._replace(cost=0.0 if first else self._loss(rival, load, decision))
         self._decided[load] = self._round, decision
         return decision
 
     def _doubt(self, plan: Plan, load: Load) -> float:
-        known = self._corrections.get((plan, _place(load)))
-        rounds, last = (known.rounds, known.last) if known is not None else (0, 0)
-        return doubt(load.requests, rounds, self._round - last)
+        place = _place(load)
+        known = self._corrections.get((plan, place))
+        return doubt(load.requests, known.rounds if known is not None else 0, self._age(plan, place))
+
+    def _age(self, plan: Plan, place: _Place) -> int:
+        """Rounds since the plan was measured; since the first one for a plan that never was."""
+        known = self._corrections.get((plan, place))
+        return self._round - (known.last if known is not None else 0)
 
     def _loss(self, plan: Plan, load: Load, decision: _Decision) -> float:
         """Milliseconds that a round of `plan` takes longer than the plan in use does for the same tokens."""
@@ -336,7 +344,9 @@ class Planner:
 
 
 def _place(load: Load) -> _Place:
-    return _Place(load.requests.bit_length(), load.fused)
+    # Half an octave wide, and a batch of 8, 16 or 32 shares its place with the slightly smaller ones that it is between
+    # the end of a request and the first token of the next.
+    return _Place(round(2 * math.log2(load.requests)), load.fused)
 
 
 def _compare(tried: _Correction, used: _Correction, pace: _Pace, surprise: float) -> None:

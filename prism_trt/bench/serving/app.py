@@ -134,6 +134,9 @@ def soak(
     json_path: JsonOption,
     minutes: Annotated[float, typer.Option(min=0.1, help="Length of the run.")] = 30.0,
     streams: Annotated[int, typer.Option(min=1, help="Clients that ask all the time.")] = 8,
+    broken_seconds: Annotated[
+        float, typer.Option(min=0, help="From one broken request to the next; 0 sends none.")
+    ] = 1.0,
     seed: SeedOption = 0,
     tokens: TokensOption = 48,
     threads: ThreadsOption = None,
@@ -144,7 +147,7 @@ def soak(
     session = _Session(engine, tokens, threads, patience)
     with session.serving() as deployment, progress("Soaking, in seconds", total=60 * minutes) as bar:
         expected = session.expected(deployment)
-        run = run_soak(deployment, streams, 60 * minutes, seed, session.options, expected, bar.advance)
+        run = run_soak(deployment, streams, 60 * minutes, broken_seconds, seed, session.options, expected, bar.advance)
         result = asyncio.run(run)
     session.finish({"soak": result}, json_path, markdown_path)
     _refuse(result.outcomes.lost, result.different)

@@ -20,7 +20,6 @@ from prism_trt.client.generate import Options
 _CANCEL_EVERY = 10
 _CANCEL_AFTER = 3
 """Responses."""
-_BROKEN_SECONDS = 1.0
 _SAMPLES = 120
 _MIB = 2**20
 
@@ -29,14 +28,16 @@ async def run_soak(
     deployment: Deployment,
     streams: int,
     seconds: float,
+    broken_seconds: float,
     seed: int,
     options: Options,
     expected: Mapping[str, str],
     advance: Callable[[float], None],
 ) -> Soak:
-    """Keep `streams` clients busy; every tenth request is cancelled, and every second a broken one is sent.
+    """Keep `streams` clients busy; every tenth request is cancelled, and broken ones are sent between them.
 
     Args:
+        broken_seconds: from one broken request to the next; 0 sends none.
         expected: the prompts of the valid requests and their answers.
         advance: told the seconds that have passed since it was told last.
     """
@@ -63,13 +64,15 @@ async def run_soak(
 
     async def keep_breaking() -> None:
         nonlocal malformed
+        if not broken_seconds:
+            return
         async with grpc.aio.insecure_channel(deployment.grpc_url, options=CHANNEL) as channel:
             for request in broken_requests(options.model, seed):
                 if not running():
                     return
                 await send_broken(channel, request)
                 malformed += 1
-                await asyncio.sleep(_BROKEN_SECONDS)
+                await asyncio.sleep(broken_seconds)
 
     async def keep_sampling() -> None:
         while running():
