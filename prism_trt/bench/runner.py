@@ -240,8 +240,8 @@ class _Run:
             references = next(results for mode, repeat, results, _ in answers if (mode.tree, repeat) == (None, 0))
             for mode, repeat, results, seconds in answers:
                 for index, result, reference in zip(prompts, results, references, strict=True):
-                    replayed = settings.replay and mode.tree is not None
-                    identical = None if temperature or replayed else result.tokens == reference.tokens
+                    compared = not temperature and not self._replays(mode)
+                    identical = result.tokens == reference.tokens if compared else None
                     generations[index].append(
                         _record(mode, turn, repeat, temperature, len(prompts[index]), result, seconds, identical)
                     )
@@ -250,10 +250,14 @@ class _Run:
                 answer = tokenizer.decode(_without_eos(reference.tokens, tokenizer))
                 conversations[index].append({"role": "assistant", "content": answer})
 
+    def _replays(self, mode: Mode) -> bool:
+        """Whether the answers of `mode` are not verified; plain decoding always runs."""
+        return self._settings.replay and mode.tree is not None
+
     def _known_answers(self, prompts: Sequence[list[int]]) -> dict[object, list[KnownAnswer]]:
         """The target's answers by the states it gives as features, as far as a last round may look ahead."""
         tokens = self._settings.max_new_tokens + max(tree.depth for tree in self._settings.trees)
-        engines = {_features_of(mode.engine): mode.engine for mode in self._modes if mode.tree is not None}
+        engines = {_features_of(mode.engine): mode.engine for mode in self._modes if self._replays(mode)}
         return {fed: known_answers(engine, prompts, tokens) for fed, engine in engines.items()}
 
     def _answer(
@@ -275,8 +279,9 @@ class _Run:
             )
             for prompt in prompts
         ]
-        replayed = self._settings.replay and mode.tree is not None
-        engine = ReplayEngine(mode.engine, known[_features_of(mode.engine)]) if replayed else mode.engine
+        engine = mode.engine
+        if self._replays(mode):
+            engine = ReplayEngine(engine, known[_features_of(engine)])
         start = time.perf_counter()
         results = generate(engine, requests)
         seconds = time.perf_counter() - start

@@ -261,38 +261,30 @@ class Planner:
         if known is not None and self._round - known[0] < _DECIDE_EVERY:
             return known[1]
         rates, place = self.rates(load), _place(load)
-        doubts = {plan: self._doubt(plan, load) for plan in rates}
+        measured = {plan: self._measured(plan, place) for plan in rates}
+        doubts = {plan: doubt(load.requests, *measured[plan]) for plan in rates}
         least = {
             plan: value if plan in self._trusted else value * (1 - doubts[plan]) / _PROOF
             for plan, value in rates.items()
         }
         chosen = self._in_use[place] = best_plan(least, self._in_use.get(place))
-        rival, promised = chosen, rates[chosen]
-        for plan, value in rates.items():
-            if plan != chosen:
-                hoped = value * (1 + doubts[plan])
-                unknown = (plan, place) not in self._corrections
-                if plan is None and (unknown or self._age(plan, place) >= _BASE_EVERY):
-                    hoped = math.inf
-                if hoped > promised:
-                    rival, promised = plan, hoped
-        milliseconds = self._milliseconds(chosen, load)
-        decision = _Decision(chosen, rival, math.inf, milliseconds)
+        unknown = (None, place) not in self._corrections
+        hoped = {plan: value * (1 + doubts[plan]) for plan, value in rates.items()}
+        if unknown or measured[None][1] >= _BASE_EVERY:
+            hoped[None] = math.inf
+        hoped[chosen] = rates[chosen]
+        rival = max(hoped, key=lambda plan: (hoped[plan], plan == chosen))
+        decision = _Decision(chosen, rival, math.inf, self._milliseconds(chosen, load))
         if rival != chosen:
-            first = rival is None and (rival, place) not in self._corrections
-            decision = decision._replace(cost=0.0 if first else self._loss(rival, load, decision))
+            free = rival is None and unknown
+            decision = decision._replace(cost=0.0 if free else self._loss(rival, load, decision))
         self._decided[load] = self._round, decision
         return decision
 
-    def _doubt(self, plan: Plan, load: Load) -> float:
-        place = _place(load)
+    def _measured(self, plan: Plan, place: _Place) -> tuple[int, int]:
+        """Rounds that measured the plan, and rounds since the last of them; since the first round if there is none."""
         known = self._corrections.get((plan, place))
-        return doubt(load.requests, known.rounds if known is not None else 0, self._age(plan, place))
-
-    def _age(self, plan: Plan, place: _Place) -> int:
-        """Rounds since the plan was measured; since the first one for a plan that never was."""
-        known = self._corrections.get((plan, place))
-        return self._round - (known.last if known is not None else 0)
+        return (0, self._round) if known is None else (known.rounds, self._round - known.last)
 
     def _loss(self, plan: Plan, load: Load, decision: _Decision) -> float:
         """Milliseconds that a round of `plan` takes longer than the plan in use does for the same tokens."""

@@ -134,8 +134,10 @@ class Trainer:
         self._work = work
         self._world = world
         self._stages = stages(config)
+        self.init_sha256 = init and weights_sha256(init)
+        """Of `init` before training, which may change it."""
         self._signatures = [
-            sha256_json([stage.signature, cache.data_sha256, target.fingerprint, init and weights_sha256(init)])
+            sha256_json([stage.signature, cache.data_sha256, target.fingerprint, self.init_sha256])
             for stage in self._stages
         ]
         self._compute = torch.bfloat16 if config.compute == "bfloat16" else torch.float32

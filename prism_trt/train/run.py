@@ -18,7 +18,7 @@ from prism_trt.data.feature_cache import KIND, MANIFEST_FILE, FeatureCache
 from prism_trt.data.online import OnlineFeatures
 from prism_trt.data.prompts import PromptConfig, prepare_prompts
 from prism_trt.data.regenerate import GenerationPlan, GenerationProgress, plan_generation, planned_layers, regenerate
-from prism_trt.drafter.checkpoint import load_drafter, save_drafter, weights_sha256
+from prism_trt.drafter.checkpoint import load_drafter, save_drafter
 from prism_trt.drafter.features import captured_layers
 from prism_trt.engines.loading import make_engine, torch_threads
 from prism_trt.engines.protocol import Engine, EngineLimits
@@ -109,8 +109,6 @@ def run_training(
     data = _open_data(target, paths.cache, training, options.online, world)
     paths.work.mkdir(parents=True, exist_ok=True)
     init = load_drafter(paths.init, target) if paths.init is not None else None
-    # Now: training changes the weights.
-    origin = init and {"weights_sha256": weights_sha256(init), "provenance": init.config.provenance}
     trainer = Trainer(target, data, training, paths.work, init, world)
     with observers(training, paths.work, options.wandb, world) as watching:
         result = trainer.run(watching)
@@ -118,8 +116,8 @@ def run_training(
         return
     drafter = result.drafter
     provenance = _provenance(result, paths, training, world, command)
-    if origin is not None:
-        provenance["init"] = origin
+    if init is not None:
+        provenance["init"] = {"weights_sha256": trainer.init_sha256, "provenance": init.config.provenance}
     drafter.config = DrafterConfig.model_validate(drafter.config.model_dump() | {"provenance": provenance})
     save_drafter(
         drafter.to(torch.bfloat16 if training.compute == "bfloat16" else torch.float32), out, options.overwrite
