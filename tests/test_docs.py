@@ -116,7 +116,7 @@ def test_extras_exist(page: str, line: str) -> None:
 
 def test_continuous_integration_runs_the_readme_command() -> None:
     lines = [line for line in README.splitlines() if "python -m pytest" in line]
-    assert lines == ['pip install -e ".[test]" && python -m pytest']
+    assert lines == ['pip install -e ".[test]" && python -m pytest -n auto']
     script = (ROOT / ".ci" / "run").read_text()
     assert "grep -m 1 -F 'python -m pytest' README.md" in script
     assert 'bash -euo pipefail -c "$command"' in script

@@ -28,10 +28,11 @@ def ask_for_a_token(url: str, model: str, patience: float) -> None:
     answers: queue.SimpleQueue[InferenceServerException | None] = queue.SimpleQueue()
     inputs = request_inputs("Hello", Options(max_tokens=1, chat=False))
     with grpcclient.InferenceServerClient(url) as client:
-        client.start_stream(lambda result, error: answers.put(error))
+        client.start_stream(lambda result, error: answers.put(error), stream_timeout=2 * patience)
         try:
             client.async_stream_infer(model, inputs, timeout=max(1, round(patience / 2 * 1e6)))
             error = answers.get(timeout=patience)
+            client.stop_stream()  # not cancelled: see `prism_trt.client.generate.await_end`
         except InferenceServerException as broken:  # the connection was refused already
             error = broken
         except queue.Empty:

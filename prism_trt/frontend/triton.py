@@ -15,7 +15,7 @@ import numpy as np
 import tritonclient.grpc.aio as grpcclient
 from tritonclient.utils import InferenceServerException
 
-from prism_trt.client.generate import Chunk, Options, chunk_of, request_inputs
+from prism_trt.client.generate import Chunk, Options, await_end, chunk_of, request_inputs
 from prism_trt.deploy.interface import TRY_AGAIN
 from prism_trt.errors import PrismError
 from prism_trt.frontend.errors import ApiError
@@ -107,9 +107,11 @@ class TritonClient:
         try:
             while True:
                 chunk = await self._next(call, options.timeout)
-                yield chunk
                 if chunk.statistics is not None:
+                    await await_end(call)
+                    yield chunk
                     return
+                yield chunk
         finally:
             self._calls.discard(call)
             call.cancel()

@@ -17,7 +17,7 @@ from prism_trt.bench.serving.load import percentiles, run_load
 from prism_trt.bench.serving.malformed import KINDS, BrokenRequest, broken_requests
 from prism_trt.bench.serving.results import Memory, Sample
 from prism_trt.bench.serving.soak import slopes
-from prism_trt.bench.serving.streams import expected_answers
+from prism_trt.bench.serving.streams import ask, connect, expected_answers
 from prism_trt.client.generate import Options
 
 OPTIONS = Options(max_tokens=12, timeout=600)
@@ -44,6 +44,22 @@ def test_load(deployment: Deployment, expected: dict[str, str]) -> None:
     assert point.first_text is not None
     assert 0 < point.first_text.p50 <= point.first_text.p99 < point.seconds
     assert point.memory_after.model > 50 * MIB
+
+
+def test_answered_streams_leave_nothing_in_the_server(deployment: Deployment) -> None:
+    """Triton 2.51 keeps 3 KB and more for each stream that is cancelled after its last response."""
+
+    async def ask_often(times: int) -> None:
+        client = connect(deployment.grpc_url)
+        for _ in range(times):
+            attempts = await asyncio.gather(*(ask(client, "fox", Options(max_tokens=1)) for _ in range(4)))
+            assert {attempt.outcome for attempt in attempts} == {"answers"}
+        await client.close()
+
+    asyncio.run(ask_often(50))
+    before = deployment.memory().server
+    asyncio.run(ask_often(150))
+    assert deployment.memory().server - before < MIB
 
 
 def test_different_answers_are_noticed(deployment: Deployment, expected: dict[str, str]) -> None:

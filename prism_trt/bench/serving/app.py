@@ -40,6 +40,7 @@ PatienceOption = Annotated[
     float, typer.Option(min=1, help="Seconds a start, a recovery or the next piece of an answer may take.")
 ]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Engine threads. Default: the engine's choice.")]
+LogOption = Annotated[Path | None, typer.Option("--log", help="File for the logs of the servers.")]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of the broken requests.")]
 
 
@@ -64,9 +65,10 @@ def load(
     threads: ThreadsOption = None,
     patience: PatienceOption = 120.0,
     markdown_path: MarkdownOption = None,
+    log: LogOption = None,
 ) -> None:
     """Measure latency and throughput with several numbers of clients that ask all the time."""
-    session = _Session(engine, tokens, threads, patience)
+    session = _Session(engine, tokens, threads, patience, log)
     counts = streams or [1, 8, 32]
     with session.serving() as deployment, progress("Loading the server", total=len(counts)) as bar:
         expected = session.expected(deployment)
@@ -89,11 +91,12 @@ def faults(
     threads: ThreadsOption = None,
     patience: PatienceOption = 120.0,
     markdown_path: MarkdownOption = None,
+    log: LogOption = None,
 ) -> None:
     """Kill, stop and hang every process of a deployment under load, and check what clients get."""
     if unknown := set(only or ()) - SCENARIOS.keys():
         raise PrismError(f"there is no fault {sorted(unknown)[0]!r}: choose from {', '.join(SCENARIOS)}")
-    session = _Session(engine, tokens, threads, patience, hang_timeout)
+    session = _Session(engine, tokens, threads, patience, log, hang_timeout)
     with session.serving() as deployment:
         expected = session.expected(deployment)
     bench = Bench(session.deployment, session.slots, session.options, expected, patience)
@@ -118,9 +121,10 @@ def fuzz(
     threads: ThreadsOption = None,
     patience: PatienceOption = 120.0,
     markdown_path: MarkdownOption = None,
+    log: LogOption = None,
 ) -> None:
     """Send broken requests while others keep asking properly."""
-    session = _Session(engine, tokens, threads, patience)
+    session = _Session(engine, tokens, threads, patience, log)
     with session.serving() as deployment, progress("Broken requests", total=requests) as bar:
         expected = session.expected(deployment)
         run = run_fuzzing(deployment, requests, seed, session.options, expected, bar.advance)
@@ -142,9 +146,10 @@ def soak(
     threads: ThreadsOption = None,
     patience: PatienceOption = 120.0,
     markdown_path: MarkdownOption = None,
+    log: LogOption = None,
 ) -> None:
     """Serve for long: answers, cancelled streams and broken requests, with memory watched."""
-    session = _Session(engine, tokens, threads, patience)
+    session = _Session(engine, tokens, threads, patience, log)
     with session.serving() as deployment, progress("Soaking, in seconds", total=60 * minutes) as bar:
         expected = session.expected(deployment)
         run = run_soak(deployment, streams, 60 * minutes, broken_seconds, seed, session.options, expected, bar.advance)
@@ -157,7 +162,13 @@ class _Session:
     """What all commands share: an engine, how it is deployed, and what is written down at the end."""
 
     def __init__(
-        self, engine: Path, tokens: int, threads: int | None, patience: float, hang_timeout: float | None = None
+        self,
+        engine: Path,
+        tokens: int,
+        threads: int | None,
+        patience: float,
+        log: Path | None,
+        hang_timeout: float | None = None,
     ) -> None:
         # However the bench is ended, its deployments are ended too.
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
@@ -166,6 +177,7 @@ class _Session:
         self._engine = engine
         self._threads = threads
         self._patience = patience
+        self._log = log
         self._hang_timeout = patience if hang_timeout is None else hang_timeout
         self._load_average = os.getloadavg()[0]
         self._start_seconds = 0.0
@@ -176,6 +188,8 @@ class _Session:
         options = ["--grace", str(GRACE), "--hang-timeout", str(self._hang_timeout)]
         if self._threads is not None:
             options += ["--threads", str(self._threads)]
+        if self._log is not None:
+            options += ["--log", str(self._log)]
         repository = Path(self._scratch.name) / "repository"
         return Deployment(self._engine, repository, self._patience, tuple(options), ports)
 

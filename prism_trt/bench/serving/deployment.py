@@ -51,6 +51,7 @@ class Deployment:
             command += [name, str(port)]
         self._began = time.perf_counter()
         self._lines: queue.Queue[tuple[float, str]] = queue.Queue()
+        self._said: list[str] = []
         self.launcher = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -74,6 +75,7 @@ class Deployment:
         assert self.launcher.stdout is not None
         for line in self.launcher.stdout:
             self._lines.put((time.perf_counter(), line))
+            self._said.append(line.rstrip())
         self._lines.put((time.perf_counter(), ""))
 
     def await_line(self, beginning: str, seconds: float) -> float:
@@ -94,6 +96,10 @@ class Deployment:
                 return when
             if not line:
                 raise PrismError(f"the launcher ended before it printed {beginning!r}: see above")
+
+    def incidents(self) -> tuple[str, ...]:
+        """What the launcher has said of servers that died or hung."""
+        return tuple(line for line in self._said if line.startswith("restart"))
 
     def ready(self) -> bool:
         """What the readiness endpoint says."""

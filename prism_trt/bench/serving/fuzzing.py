@@ -105,6 +105,9 @@ async def send_broken(channel: Any, request: BrokenRequest) -> tuple[str, str]:
     try:
         await call.write(request.message)
         response = await asyncio.wait_for(call.read(), _PATIENCE)
+        if response is not grpc.aio.EOF and response.error_message:
+            await call.done_writing()
+            await asyncio.wait_for(call.read(), _PATIENCE)  # not cancelled: see `await_end`
     except asyncio.TimeoutError:
         return "silent", ""
     except grpc.RpcError as refusal:

@@ -141,9 +141,10 @@ def soak_table(soak: Soak) -> str:
     sentence = (
         f"Soak: {soak.streams} streams for {soak.seconds / 60:.1f} minutes; {_outcomes(soak.outcomes)}, "
         f"{soak.cancelled} cancelled by the client, {soak.malformed} broken requests; {soak.different} answers "
-        f"differed, {soak.outcomes.lost} requests were lost."
+        f"differed, {soak.outcomes.lost} requests were lost. {len(soak.incidents)} times a server was replaced."
     )
-    return f"{sentence}\n\n{markdown_table(header, lines)}"
+    incidents = "".join(f"\n\n    {line}" for line in soak.incidents)
+    return f"{sentence}{incidents}\n\n{markdown_table(header, lines)}"
 
 
 def _percentiles(sample: Percentiles | None, scale: float, digits: int) -> str:

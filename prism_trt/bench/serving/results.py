@@ -107,6 +107,7 @@ class Soak(StrictModel):
     malformed: int
     different: int
     tokens: int
+    incidents: tuple[str, ...] = Field(description="what the launcher said of servers that died or hung")
     samples: tuple[Sample, ...]
     slope: dict[str, float] = Field(description="MiB per hour after the first quarter, least squares")
 

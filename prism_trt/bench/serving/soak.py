@@ -20,6 +20,8 @@ from prism_trt.client.generate import Options
 _CANCEL_EVERY = 10
 _CANCEL_AFTER = 3
 """Responses."""
+_PAUSE = 1.0
+"""Seconds that a client waits after a refusal."""
 _SAMPLES = 120
 _MIB = 2**20
 
@@ -60,7 +62,10 @@ async def run_soak(
                 await ask(client, prompt, options, cancel_after=_CANCEL_AFTER)
                 cancelled += 1
             else:
-                attempts.append((prompt, await ask(client, prompt, options)))
+                attempt = await ask(client, prompt, options)
+                attempts.append((prompt, attempt))
+                if attempt.outcome != "answers":
+                    await asyncio.sleep(_PAUSE)
 
     async def keep_breaking() -> None:
         nonlocal malformed
@@ -93,6 +98,7 @@ async def run_soak(
         malformed=malformed,
         different=sum(attempt.text != expected[prompt] for prompt, attempt in answers),
         tokens=sum(attempt.tokens for _, attempt in answers),
+        incidents=deployment.incidents(),
         samples=tuple(samples),
         slope=slopes(samples),
     )

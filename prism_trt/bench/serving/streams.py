@@ -14,7 +14,7 @@ import tritonclient.grpc.aio as grpcclient
 from tritonclient.utils import InferenceServerException
 
 from prism_trt.bench.serving.results import Outcomes
-from prism_trt.client.generate import Options, chunk_of, request_inputs
+from prism_trt.client.generate import Options, await_end, chunk_of, request_inputs
 
 Outcome = Literal["answers", "refused", "failed", "vanished", "silent"]
 CHANNEL = [("grpc.max_reconnect_backoff_ms", 500), ("grpc.enable_http_proxy", 0)]
@@ -86,7 +86,9 @@ async def ask(
             text += chunk.text
             if chunk.statistics is not None:
                 tokens = chunk.statistics.num_output_tokens
-                return end("answers")
+                attempt = end("answers")
+                await await_end(call)
+                return attempt
             if cancel_after is not None and len(arrivals) >= cancel_after:
                 return end("answers")
     except asyncio.TimeoutError:
