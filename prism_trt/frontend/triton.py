@@ -108,6 +108,7 @@ class TritonClient:
             while True:
                 chunk = await self._next(call, options.timeout)
                 if chunk.statistics is not None:
+                    self._calls.discard(call)
                     await await_end(call)
                     yield chunk
                     return
