@@ -11,15 +11,6 @@ import torch
 from prism_trt.target.loading import Target, load_target
 from prism_trt.target.smollm2 import find_smollm2
 
-_SERVERS = "deploy", "frontend", "quickstart"
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep files together, because their fixtures are costly, and servers, because each wants a whole processor."""
-    for item in items:
-        servers = item.path.parent.name in _SERVERS
-        item.add_marker(pytest.mark.xdist_group("servers" if servers else str(item.path)))
-
 
 @pytest.fixture(autouse=True, scope="session")
 def _threads() -> None:

@@ -115,8 +115,17 @@ async def await_end(call: AsyncIterator[Any]) -> None:
 
     A stream that is cancelled between its last response and its end costs Triton 2.51 up to 32 KB for ever.
     """
-    with contextlib.suppress(asyncio.TimeoutError, StopAsyncIteration, grpc.RpcError, InferenceServerException):
-        await asyncio.wait_for(anext(call), _END_SECONDS)
+
+    async def read() -> None:
+        with contextlib.suppress(StopAsyncIteration, grpc.RpcError, InferenceServerException):
+            await anext(call)
+
+    end = asyncio.create_task(read())
+    try:
+        # `asyncio.wait_for` would lose a cancellation that comes together with the end (before Python 3.12).
+        await asyncio.wait({end}, timeout=_END_SECONDS)
+    finally:
+        end.cancel()
 
 
 def _check_server(client: grpcclient.InferenceServerClient, url: str) -> None:

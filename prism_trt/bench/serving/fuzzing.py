@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,6 +62,7 @@ async def run_fuzzing(
     attempts: list[tuple[str, Attempt]] = []
     prompts = itertools.cycle(expected)
     client = connect(deployment.grpc_url)
+    finished = False
 
     async def send() -> None:
         async with grpc.aio.insecure_channel(deployment.grpc_url, options=CHANNEL) as channel:
@@ -70,7 +71,7 @@ async def run_fuzzing(
                 advance()
 
     async def keep_asking() -> None:
-        while True:
+        while not finished:
             prompt = next(prompts)
             attempts.append((prompt, await ask(client, prompt, options)))
 
@@ -80,6 +81,7 @@ async def run_fuzzing(
         # The server has met all of it and must still be the same.
         attempts += [(prompt, await ask(client, prompt, options)) for prompt in expected]
     finally:
+        finished = True
         for task in asking:
             task.cancel()
         await asyncio.gather(*asking, return_exceptions=True)
@@ -101,25 +103,22 @@ async def send_broken(channel: Any, request: BrokenRequest) -> tuple[str, str]:
     stream = channel.stream_stream(
         _METHOD, request_serializer=None, response_deserializer=service_pb2.ModelStreamInferResponse.FromString
     )
-    call = stream()
+    call = stream(_single(request.message))
     try:
-        await call.write(request.message)
         response = await asyncio.wait_for(call.read(), _PATIENCE)
         if response is not grpc.aio.EOF and response.error_message:
-            await call.done_writing()
             await asyncio.wait_for(call.read(), _PATIENCE)  # not cancelled: see `await_end`
     except asyncio.TimeoutError:
         return "silent", ""
     except grpc.RpcError as refusal:
         lost = refusal.code() is grpc.StatusCode.UNAVAILABLE
         return "connection_lost" if lost else "refused", f"{refusal.code().name}: {refusal.details()}"
-    except asyncio.InvalidStateError:
-        # The server ended the stream while the request was being written.
-        code, details = await call.code(), await call.details()
-        lost = code is grpc.StatusCode.UNAVAILABLE
-        return "connection_lost" if lost else "refused", f"{code.name}: {details}"
     finally:
         call.cancel()
     if response is grpc.aio.EOF:
         return "closed", ""
     return ("refused" if response.error_message else "accepted"), response.error_message
+
+
+async def _single(message: bytes) -> AsyncIterator[bytes]:
+    yield message
