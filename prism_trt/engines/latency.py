@@ -55,8 +55,8 @@ class Grid:
     def at(self, line: float, column: float) -> float:
         """Bilinear interpolation.
 
-        Beyond the last column, the last two give the slope. Beyond the last line, a call is taken to cost what the last
-        line's does with as much work in sum.
+        A call before the first line or column costs what it does there. Beyond the last column, the last two give the
+        slope. Beyond the last line, a call is taken to cost what the last line's does with as much work in sum.
         """
         if line > self.lines[-1]:
             line, column = self.lines[-1], column * line / self.lines[-1]
@@ -149,4 +149,4 @@ def _place(axis: Sequence[int], value: float) -> tuple[int, float]:
     if len(axis) == 1:
         return 0, 0.0
     index = min(max(bisect_right(axis, value) - 1, 0), len(axis) - 2)
-    return index, (value - axis[index]) / (axis[index + 1] - axis[index])
+    return index, max(0.0, (value - axis[index]) / (axis[index + 1] - axis[index]))

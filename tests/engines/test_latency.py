@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -33,6 +33,7 @@ def test_smoothing_is_monotone_and_leaves_monotone_times_alone(values: np.ndarra
     call=st.tuples(st.integers(1, 40), st.integers(1, 80)),
     more=st.tuples(st.integers(0, 9), st.integers(0, 30)),
 )
+@example(cells={2: [1.0], 4: [3.0]}, call=(1, 1), more=(0, 0))
 def test_a_larger_call_is_never_predicted_to_be_faster(
     cells: dict[int, list[float]], call: tuple[int, int], more: tuple[int, int]
 ) -> None:
