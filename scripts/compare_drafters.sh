@@ -5,13 +5,14 @@
 #
 # Usage: scripts/compare_drafters.sh PROMPTS.jsonl BENCH_SETS WORK     (BENCH_SETS/*/question.jsonl are the question sets)
 # Environment: SEEDS "0 1", WARM_UPDATES 1400, TUNED_UPDATES 600, ANSWERS 4096, SIZES "1024 2048 4096" (data sizes),
-# PARTS "main ablations sizes", PER_SET 80, TRAIN_OPTIONS (such as "--device cuda"), WORKERS 1 (trainings at a time).
+# PARTS "main compute ablations sizes" (compute: equal computation instead of equal updates), PER_SET 80, TRAIN_OPTIONS
+# (such as "--device cuda"), WORKERS 1 (trainings at a time).
 set -euo pipefail
 
 usage="usage: $0 PROMPTS.jsonl BENCH_SETS WORK"
 prompts=${1:?$usage} sets=${2:?$usage} work=${3:?$usage}
 seeds=${SEEDS:-0 1} warm=${WARM_UPDATES:-1400} tuned=${TUNED_UPDATES:-600} answers=${ANSWERS:-4096}
-sizes=${SIZES:-1024 2048 4096} parts=${PARTS:-main ablations sizes} per_set=${PER_SET:-80} workers=${WORKERS:-1}
+sizes=${SIZES:-1024 2048 4096} parts=${PARTS:-main compute ablations sizes} per_set=${PER_SET:-80} workers=${WORKERS:-1}
 read -ra options <<<"${TRAIN_OPTIONS:-}"
 target=$(python -c 'from prism_trt.target.smollm2 import find_smollm2; print(find_smollm2())')
 
@@ -36,13 +37,17 @@ seed_of_everything() { # SEED: all arms of one training seed
     local seed=$1 size
     local hass=(--kind hass --one-step-updates "$warm" --alignment-updates "$tuned")
     train warm "$seed" - --kind eagle2 --one-step-updates "$warm"
-    train warm-multi "$seed" - --kind eagle2 --features multi --one-step-updates "$warm"
-    if [[ $parts == *main* ]]; then
-        prism prism "$seed" warm
+    prism prism "$seed" warm
+    if [[ $parts == *main* || $parts == *compute* ]]; then
         train hass "$seed" warm "${hass[@]}"
-        train eagle2 "$seed" - --kind eagle2 --one-step-updates $((warm + tuned))
+    fi
+    if [[ $parts == *compute* ]]; then
         # An update of alignment or tuning costs as much as --alignment-steps or --tuning-steps updates of one step.
         train eagle2-equal-compute "$seed" - --kind eagle2 --one-step-updates $((warm + 4 * tuned))
+    fi
+    if [[ $parts == *main* ]]; then
+        train eagle2 "$seed" - --kind eagle2 --one-step-updates $((warm + tuned))
+        train warm-multi "$seed" - --kind eagle2 --features multi --one-step-updates "$warm"
         prism prism-star "$seed" warm-multi --features multi
         train standard "$seed" - --kind standard --one-step-updates $((warm + tuned))
     fi
@@ -98,9 +103,12 @@ done
 for process in "${running[@]}"; do wait "$process"; done
 
 if [[ $parts == *main* ]]; then
-    arms=(eagle2=eagle2 eagle2-equal-compute=eagle2-equal-compute hass=hass prism=prism "prism*=prism-star" standard=standard)
+    arms=(eagle2=eagle2 hass=hass prism=prism "prism*=prism-star" standard=standard)
     bench comparison hass 16/4/6,60/10/6 --replay "${arms[@]}"
     bench comparison-sampled hass 16/4/6 "--temperature 1" "${arms[@]}"
+fi
+if [[ $parts == *compute* ]]; then
+    bench equal-compute eagle2 16/4/6,60/10/6 --replay eagle2=eagle2-equal-compute hass=hass prism=prism
 fi
 if [[ $parts == *ablations* ]]; then
     bench ablations prism 16/4/6 --replay prism=prism m1=prism-m1 m3=prism-m3 current=prism-current aligned=prism-aligned \

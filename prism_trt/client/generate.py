@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
 import queue
-from collections.abc import AsyncIterator, Generator
+import time
+import uuid
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
-import grpc  # type: ignore[import-untyped]
 import numpy as np
 import tritonclient.grpc as grpcclient
 from tritonclient.utils import InferenceServerException
 
+from prism_trt.deploy.interface import parse_error
 from prism_trt.errors import PrismError
 
 _CONNECT_SECONDS = 10.0
-_END_SECONDS = 5.0
+END_SECONDS = 10.0
+"""Longest wait for the end of a request that is stopped, which should take no more than a round."""
 
 
 @dataclass(frozen=True)
@@ -75,21 +76,24 @@ class Chunk:
 def stream_generate(url: str, prompt: str, options: Options | None = None) -> Generator[Chunk, None, None]:
     """Yield the answer to `prompt` piece by piece from the server at `url` (``host:port`` of its gRPC endpoint).
 
-    Closing the iterator early, as any exception does, cancels the request on the server.
+    Closing the iterator early, as any exception does, stops the request on the server.
 
     Raises:
         PrismError: the server cannot be reached, refuses the request, or is silent for `options.timeout` seconds.
     """
     options = options or Options()
+    request_id = uuid.uuid4().hex
     responses: queue.Queue[tuple[grpcclient.InferResult | None, InferenceServerException | None]] = queue.Queue()
     try:
         client = grpcclient.InferenceServerClient(url)
     except InferenceServerException as refusal:
         raise PrismError(f"{url} is not a server address ({refusal.message()}): pass --url HOST:PORT") from None
+    running = False
     try:
         _check_server(client, url)
         client.start_stream(lambda result, error: responses.put((result, error)))
-        client.async_stream_infer(options.model, request_inputs(prompt, options))
+        client.async_stream_infer(options.model, request_inputs(prompt, options), request_id=request_id)
+        running = True
         while True:
             try:
                 result, error = responses.get(timeout=options.timeout)
@@ -98,34 +102,33 @@ def stream_generate(url: str, prompt: str, options: Options | None = None) -> Ge
                     f"the server sent nothing for {options.timeout:g} s: check it, or allow more with --timeout"
                 ) from None
             if error is not None:
+                running = False
                 raise PrismError(f"the server answered: {_sentence(error)}")
             chunk = chunk_of(result)
             if chunk.statistics is not None:
-                client.stop_stream()  # not cancelled: see `await_end`
+                running = False
                 yield chunk
                 return
             yield chunk
     finally:
-        client.stop_stream(cancel_requests=True)
-        client.close()
+        try:
+            if running:
+                client.async_stream_infer(options.model, stop_inputs(), request_id=request_id)
+                _skip_to_the_end(responses)
+            client.stop_stream()  # reads to the end: see `prism_trt.client.streams`
+        except (queue.Empty, InferenceServerException):
+            client.stop_stream(cancel_requests=True)  # the server is silent or gone
+        finally:
+            client.close()
 
 
-async def await_end(call: AsyncIterator[Any]) -> None:
-    """Wait until the server has closed a stream whose last response has come, and for no more than a few seconds.
-
-    A stream that is cancelled between its last response and its end costs Triton 2.51 up to 32 KB for ever.
-    """
-
-    async def read() -> None:
-        with contextlib.suppress(StopAsyncIteration, grpc.RpcError, InferenceServerException):
-            await anext(call)
-
-    end = asyncio.create_task(read())
-    try:
-        # `asyncio.wait_for` would lose a cancellation that comes together with the end (before Python 3.12).
-        await asyncio.wait({end}, timeout=_END_SECONDS)
-    finally:
-        end.cancel()
+def _skip_to_the_end(responses: queue.Queue[Any]) -> None:
+    """Raises queue.Empty unless a request's last response or its error comes soon."""
+    deadline = time.monotonic() + END_SECONDS
+    while True:
+        result, error = responses.get(timeout=max(0.0, deadline - time.monotonic()))
+        if error is not None or chunk_of(result).statistics is not None:
+            return
 
 
 def _check_server(client: grpcclient.InferenceServerClient, url: str) -> None:
@@ -163,6 +166,21 @@ def request_inputs(prompt: str, options: Options) -> list[grpcclient.InferInput]
         values["top_log_probs"] = ("INT32", np.array([[options.log_probs]], dtype=np.int32))
     if options.user:
         values["user"] = ("BYTES", np.array([[options.user.encode()]], dtype=np.object_))
+    return _tensors(values)
+
+
+def stop_inputs() -> list[grpcclient.InferInput]:
+    """The input tensors of a request that ends the one with the same id."""
+    return _tensors(
+        {
+            "text_input": ("BYTES", np.array([[b""]], dtype=np.object_)),
+            "max_tokens": ("INT32", np.array([[1]], dtype=np.int32)),
+            "stop": ("BOOL", np.array([[True]])),
+        }
+    )
+
+
+def _tensors(values: dict[str, tuple[str, np.ndarray]]) -> list[grpcclient.InferInput]:
     inputs = []
     for name, (data_type, array) in values.items():
         tensor = grpcclient.InferInput(name, list(array.shape), data_type)
@@ -194,4 +212,5 @@ def chunk_of(result: grpcclient.InferResult) -> Chunk:
 
 
 def _sentence(error: InferenceServerException) -> str:
-    return (error.message() or str(error)).strip().splitlines()[0]
+    _, sentence = parse_error(error.message() or str(error))
+    return sentence.splitlines()[0]

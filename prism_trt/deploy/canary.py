@@ -8,7 +8,7 @@ import tritonclient.grpc as grpcclient
 from tritonclient.utils import InferenceServerException
 
 from prism_trt.client.generate import Options, request_inputs
-from prism_trt.deploy.interface import TRY_AGAIN
+from prism_trt.deploy.interface import TRY_AGAIN, parse_error
 from prism_trt.errors import PrismError
 
 
@@ -32,12 +32,14 @@ def ask_for_a_token(url: str, model: str, patience: float) -> None:
         try:
             client.async_stream_infer(model, inputs, timeout=max(1, round(patience / 2 * 1e6)))
             error = answers.get(timeout=patience)
-            client.stop_stream()  # not cancelled: see `prism_trt.client.generate.await_end`
+            client.stop_stream()  # not cancelled: see `prism_trt.client.streams`
         except InferenceServerException as broken:  # the connection was refused already
             error = broken
         except queue.Empty:
             raise PrismError(f"the model has not answered within {patience:g} s: see the server's log") from None
         finally:
             client.stop_stream(cancel_requests=True)
-    if error is not None and not error.message().endswith(TRY_AGAIN):
-        raise PrismError(f"the model does not work: {error.message()}")
+    if error is not None:
+        _, sentence = parse_error(error.message())
+        if not sentence.endswith(TRY_AGAIN):
+            raise PrismError(f"the model does not work: {sentence}")

@@ -1,20 +1,41 @@
 """The tensors of the served model.
 
 Names and types are those of the `ensemble` model of TensorRT-LLM's Triton backend, so its clients work unchanged;
-`chat`, `messages`, `user`, `top_log_probs`, `log_probs`, `finish_reason`, `num_reused_tokens` and `num_target_passes`
-are additions. Inputs whose feature is absent here are accepted with their neutral value, which many clients always
-send, and refused with any other.
+`stop` is one of its `tensorrt_llm` model; `chat`, `messages`, `user`, `top_log_probs`, `log_probs`, `finish_reason`,
+`num_reused_tokens` and `num_target_passes` are additions. Inputs whose feature is absent here are accepted with their
+neutral value, which many clients always send, and refused with any other.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-
-MAX_BATCH_SIZE = 64
-"""Upper bound on the requests Triton hands over at once; every request holds one prompt, of shape [1, 1]."""
+from typing import Literal
 
 TRY_AGAIN = "try again later"
 """How the served model's refusals end when waiting helps."""
+
+Fault = Literal["invalid", "unavailable", "internal"]
+"""Whose fault an error is: the request's, nobody's (another server may do), or the server's."""
+
+CODES: dict[Fault, str] = {"invalid": "INVALID_ARG", "unavailable": "UNAVAILABLE", "internal": "INTERNAL"}
+"""Names of Triton's error codes."""
+_ERROR = re.compile(rf"\[({'|'.join(CODES.values())})\] (.*)", re.DOTALL)
+
+
+def error_text(fault: Fault, sentence: str) -> str:
+    """What is sent for an error: a stream carries its text only, so the code is put before the sentence.
+
+    (With the header ``triton_grpc_error`` streams would end with a code, but Triton 2.51 crashes of that now and then.)
+    """
+    return f"[{CODES[fault]}] {sentence}"
+
+
+def parse_error(text: str) -> tuple[Fault | None, str]:
+    """Fault and sentence of an error's text; the fault is None if the served model did not write it."""
+    if found := _ERROR.fullmatch(text.strip()):
+        return next(fault for fault, code in CODES.items() if code == found[1]), found[2]
+    return None, text.strip()
 
 
 @dataclass(frozen=True)
@@ -30,6 +51,7 @@ INPUTS = (
     Tensor("text_input", "STRING"),
     Tensor("max_tokens", "INT32"),
     Tensor("stream", "BOOL"),
+    Tensor("stop", "BOOL"),
     Tensor("chat", "BOOL"),
     Tensor("messages", "STRING"),
     Tensor("exclude_input_in_output", "BOOL"),

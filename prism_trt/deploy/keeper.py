@@ -133,10 +133,10 @@ class Keeper:
                     self.poller.register(fd, select.POLLIN)
 
     def _after_model_death(self, model: str) -> int:
-        # A server that is stopping by itself ends its model processes first.
+        # A server that is stopping by itself ends its model processes first; one that loses a model may crash of that.
         waiter = select.poll()
         waiter.register(self.server_fd, select.POLLIN)
-        if waiter.poll(1000 * _KILL_MARGIN_SECONDS):
+        if waiter.poll(1000 * _KILL_MARGIN_SECONDS) and self.server.wait() >= 0:
             return SERVER_ENDED
         print(f"keeper: {model} died; stopping the server", file=sys.stderr, flush=True)
         return MODEL_DIED

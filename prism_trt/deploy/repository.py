@@ -11,7 +11,7 @@ from typing import Any
 
 from prism_trt import __version__
 from prism_trt.config import TreeShape
-from prism_trt.deploy.interface import INPUTS, MAX_BATCH_SIZE, OUTPUTS, REQUIRED, Tensor
+from prism_trt.deploy.interface import INPUTS, OUTPUTS, REQUIRED, Tensor
 from prism_trt.engines.manifest import read_engine_manifest
 from prism_trt.errors import PrismError
 from prism_trt.manifest import atomic_directory, read_manifest, write_manifest
@@ -133,7 +133,11 @@ def read_repository(repository: Path) -> dict[str, Any]:
 
 
 def model_config(model_name: str, parameters: dict[str, str]) -> str:
-    """The text of ``config.pbtxt``; complete, so that Triton need not run the model to complete it."""
+    """The text of ``config.pbtxt``; complete, so that Triton need not run the model to complete it.
+
+    Requests are handed over one by one, because all of a batch fail when a string of one of them is broken. It is the
+    scheduler behind them that runs them together.
+    """
     quote = json.dumps
     entries = "\n".join(
         f"parameters {{ key: {quote(key)} value: {{ string_value: {quote(value)} }} }}"
@@ -141,9 +145,8 @@ def model_config(model_name: str, parameters: dict[str, str]) -> str:
     )
     return f"""name: {quote(model_name)}
 backend: "python"
-max_batch_size: {MAX_BATCH_SIZE}
+max_batch_size: 1
 model_transaction_policy {{ decoupled: true }}
-dynamic_batching {{ max_queue_delay_microseconds: 0 }}
 instance_group [ {{ kind: KIND_AUTO count: 1 }} ]
 {entries}
 input [

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from prism_trt.deploy.fair_queue import INPUT_WEIGHT, OUTPUT_WEIGHT, FairQueue
-from prism_trt.deploy.interface import TRY_AGAIN
+from prism_trt.deploy.interface import TRY_AGAIN, Fault
 from prism_trt.deploy.requests import Generation
 from prism_trt.engines.protocol import Engine
 from prism_trt.errors import PrismError
@@ -21,7 +21,6 @@ from prism_trt.speculative.stopping import FinishReason, TextStream
 from prism_trt.target.detokenize import DetokenizerStream
 from prism_trt.target.tokenizer import Tokenizer
 
-Fault = Literal["invalid", "unavailable", "internal"]
 Cause = Literal["overload", "late", "cancelled", "stopping", "engine", "connection"]
 """Why a valid request ends without its answer."""
 
@@ -33,7 +32,6 @@ _JOIN_SECONDS = 10.0
 _ERRORS: dict[Cause, tuple[Fault, str]] = {
     "overload": ("unavailable", f"{{}} requests are running or waiting already: {TRY_AGAIN}"),
     "late": ("unavailable", f"the request timed out before its first token: {TRY_AGAIN}"),
-    "cancelled": ("unavailable", "cancelled"),
     "stopping": ("unavailable", "the server is shutting down: try another"),
     "engine": ("internal", "the engine failed: see the server's log"),
     "connection": ("internal", "a response could not be sent"),
@@ -58,7 +56,7 @@ class Reply(Protocol):
         ...
 
     def cancelled(self) -> bool:
-        """The client has gone or does not want the answer any more."""
+        """The client has gone or does not want the rest of the answer."""
         ...
 
 
@@ -242,9 +240,9 @@ class Scheduler:
         """Give up requests that nobody waits for any more."""
         for number, job in list(self._running.items()):
             if (cause := job.given_up) is not None:
-                self._decoder.cancel(number)
+                statistics = self._decoder.cancel(number)
                 del self._running[number]
-                self._fail(job.reply, cause)
+                self._give_up(job, cause, statistics)
         if time.monotonic() - self._polled < _WAITING_POLL_SECONDS:
             return
         with self._changed:
@@ -254,7 +252,7 @@ class Scheduler:
                 with self._changed:
                     waited = self._waiting.remove(user, job)
                 if waited:
-                    self._fail(job.reply, cause)
+                    self._give_up(job, cause)
         self._polled = time.monotonic()
 
     def _admit(self) -> None:
@@ -262,7 +260,7 @@ class Scheduler:
         while not self._stopping and self._decoder.room and (entry := self._next()) is not None:
             user, job = entry
             if (cause := job.given_up) is not None:  # before it costs a prefill
-                self._fail(job.reply, cause)
+                self._give_up(job, cause)
                 continue
             self._running[self._decoder.add(job.generation.request)] = job
             self._charge(user, INPUT_WEIGHT * len(job.generation.request.prompt))
@@ -288,16 +286,27 @@ class Scheduler:
             self._charge(job.generation.user, OUTPUT_WEIGHT * len(event.tokens))
             self._send(job, event)
 
+    def _give_up(self, job: _Job, cause: Cause, statistics: Statistics | None = None) -> None:
+        """End a request that nobody waits for; `statistics` of one that had a slot."""
+        if cause != "cancelled":
+            self._fail(job.reply, cause)
+            return
+        self._monitor.failed(cause)
+        self._finish(job, "cancelled", statistics or Statistics(len(job.generation.request.prompt)))
+
+    def _finish(self, job: _Job, reason: FinishReason, statistics: Statistics) -> None:
+        try:
+            job.reply.finish(job.text + job.stream.flush(), job.scored, reason, statistics)
+        except Exception:
+            log.exception("a last response could not be sent")
+
     def _send(self, job: _Job, event: Event) -> None:
         job.text += job.stream.push(event.tokens)
         job.scored += event.scored
         if event.finish_reason is not None and event.stats is not None:
             del self._running[event.id]
             self._monitor.finished(event.finish_reason, event.stats)
-            try:
-                job.reply.finish(job.text + job.stream.flush(), job.scored, event.finish_reason, event.stats)
-            except Exception:
-                log.exception("a last response could not be sent")
+            self._finish(job, event.finish_reason, event.stats)
         elif job.generation.stream and job.text:
             text, scored, job.text, job.scored = job.text, job.scored, "", []
             try:

@@ -20,12 +20,12 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from prism_trt.config import TreeShape
-from prism_trt.deploy.interface import INPUTS
+from prism_trt.deploy.interface import CODES, INPUTS, Fault, error_text
 from prism_trt.deploy.keeper import MODEL_PREFIX, RUNTIME_VARIABLE
 from prism_trt.deploy.log_probs import describe
 from prism_trt.deploy.metrics import TritonMonitor
 from prism_trt.deploy.requests import parse_generation
-from prism_trt.deploy.scheduler import Fault, Scheduler
+from prism_trt.deploy.scheduler import Scheduler
 from prism_trt.engines.loading import load_engine, load_engine_tokenizer, load_planner
 from prism_trt.errors import PrismError
 from prism_trt.speculative.decoder import generate
@@ -37,18 +37,29 @@ from prism_trt.target.tokenizer import Tokenizer
 _WARM_UP_TOKENS = 8
 _PREFILL_SHARE = 4
 """Part of a call that prompts may fill between two rounds."""
-_CODES: dict[Fault, str] = {"invalid": "INVALID_ARG", "unavailable": "UNAVAILABLE", "internal": "INTERNAL"}
-"""Names of Triton's error codes: most of `pb_utils` is not there yet when Triton imports this module."""
 
 log = logging.getLogger(__name__)
 
 
 class TritonReply:
-    """Sends one request's answer through Triton."""
+    """Sends one request's answer through Triton.
 
-    def __init__(self, sender: Any, tokenizer: Tokenizer) -> None:
-        self._sender = sender
+    Args:
+        request: Triton's.
+        tokenizer: the target's.
+        open_replies: what has not ended yet; this takes itself out of it.
+    """
+
+    def __init__(self, request: Any, tokenizer: Tokenizer, open_replies: set[TritonReply]) -> None:
+        self.request_id: str = request.request_id()
+        self._sender = request.get_response_sender()
         self._tokenizer = tokenizer
+        self._open = open_replies
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Have the request end before its next round; what it has so far is its answer."""
+        self._stopped = True
 
     def text(self, text: str, scored: list[ScoredToken]) -> None:
         self._sender.send(pb_utils.InferenceResponse(self._piece(text, scored)))
@@ -69,14 +80,22 @@ class TritonReply:
             *(pb_utils.Tensor(name, np.array([[number]], dtype=np.int32)) for name, number in numbers.items()),
             pb_utils.Tensor("acceptance_rate", np.array([[rate]], dtype=np.float32)),
         ]
-        self._sender.send(pb_utils.InferenceResponse(outputs), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        self._end(pb_utils.InferenceResponse(outputs))
 
     def fail(self, fault: Fault, sentence: str) -> None:
-        error = pb_utils.TritonError(sentence, getattr(pb_utils.TritonError, _CODES[fault]))
-        self._sender.send(pb_utils.InferenceResponse(error=error), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        error = pb_utils.TritonError(error_text(fault, sentence), getattr(pb_utils.TritonError, CODES[fault]))
+        self._end(pb_utils.InferenceResponse(error=error))
 
     def cancelled(self) -> bool:
-        return bool(self._sender.is_cancelled())
+        return self._stopped or bool(self._sender.is_cancelled())
+
+    def end_without_response(self) -> None:
+        """Send nothing."""
+        self._end()
+
+    def _end(self, *response: Any) -> None:
+        self._open.discard(self)
+        self._sender.send(*response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def _piece(self, text: str, scored: list[ScoredToken]) -> list[Any]:
         outputs = [_string("text_output", text)]
@@ -108,6 +127,7 @@ class TritonPythonModel:
         except PrismError as error:
             raise pb_utils.TritonModelException(str(error)) from None
         self._context = engine.limits.context
+        self._open: set[TritonReply] = set()
         self._scheduler = Scheduler(
             engine,
             self._tokenizer,
@@ -123,7 +143,7 @@ class TritonPythonModel:
     def execute(self, requests: list[Any]) -> None:
         """Queue the requests; the scheduler's thread answers."""
         for request in requests:
-            reply = TritonReply(request.get_response_sender(), self._tokenizer)
+            reply = TritonReply(request, self._tokenizer, self._open)
             try:
                 self._submit(request, reply)
             except PrismError as error:
@@ -138,10 +158,23 @@ class TritonPythonModel:
             value = pb_utils.get_input_tensor_by_name(request, tensor.name)
             if value is not None:
                 inputs[tensor.name] = value.as_numpy()
+        if "stop" in inputs and inputs["stop"].any():
+            self._stop(reply)
+            return
         parameters = json.loads(request.parameters() or "{}")
         generation = parse_generation(inputs, parameters, self._tokenizer, self._tree, self._context)
         microseconds = request.timeout()
+        self._open.add(reply)
         self._scheduler.submit(generation, reply, microseconds / 1e6 if microseconds else None)
+
+    def _stop(self, request: TritonReply) -> None:
+        """End the requests with the id of `request`, which asks for that, in the way of TensorRT-LLM's backend."""
+        if not request.request_id:
+            raise PrismError("stop is set in a request without an id: send the id of the request to stop")
+        for reply in tuple(self._open):
+            if reply.request_id == request.request_id:
+                reply.stop()
+        request.end_without_response()
 
     def finalize(self) -> None:
         """Stop; called when the server unloads the model."""

@@ -6,17 +6,17 @@ import asyncio
 import json
 import logging
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
-from typing import Any
 
 import grpc  # type: ignore[import-untyped]
 import numpy as np
 import tritonclient.grpc.aio as grpcclient
 from tritonclient.utils import InferenceServerException
 
-from prism_trt.client.generate import Chunk, Options, await_end, chunk_of, request_inputs
-from prism_trt.deploy.interface import TRY_AGAIN
+from prism_trt.client.generate import Chunk, Options, request_inputs
+from prism_trt.client.streams import ResponseStream
+from prism_trt.deploy.interface import TRY_AGAIN, Fault, parse_error
 from prism_trt.errors import PrismError
 from prism_trt.frontend.errors import ApiError
 
@@ -27,8 +27,8 @@ _CHANNEL = [
     # Each front end process talks to one server; none of the machine's proxies lies between them.
     ("grpc.enable_http_proxy", 0),
 ]
-_REAL_CODES = {"triton_grpc_error": "true"}
-"""Header with which Triton ends a failed stream with a gRPC status instead of a message without one."""
+_UNKNOWN_MODEL = "Request for unknown model"
+"""How Triton answers while it starts or stops: it does not know its own model then."""
 _DRAINING = "the server is shutting down: try another"
 
 log = logging.getLogger(__name__)
@@ -58,20 +58,22 @@ class TritonClient:
 
     def __init__(self, url: str, model: str, authorities: bytes | None) -> None:
         self._model = model
-        self._calls: set[Any] = set()
+        self._streams: set[ResponseStream] = set()
+        self._closing: set[asyncio.Task[None]] = set()
         self._draining = False
         credentials = None if authorities is None else grpc.ssl_channel_credentials(authorities)
         self._client = grpcclient.InferenceServerClient(url, creds=credentials, channel_args=_CHANNEL)
 
     async def close(self) -> None:
-        """Close the channel."""
+        """Close the channel when all streams have ended."""
+        await asyncio.gather(*self._closing)
         await self._client.close()
 
     def end_calls(self) -> None:
         """End what still runs with an error that says so, and everything that comes."""
         self._draining = True
-        for call in list(self._calls):
-            call.cancel()
+        for stream in self._streams:
+            stream.stop()
 
     async def ready(self) -> bool:
         """Whether the server says that the model can be used."""
@@ -83,7 +85,7 @@ class TritonClient:
     async def generate(
         self, prompt: str, messages: list[dict[str, str]] | None, options: Options, request_id: str
     ) -> AsyncGenerator[Chunk, None]:
-        """Yield the answer piece by piece; closing the iterator cancels the request on the server.
+        """Yield the answer piece by piece; closing the iterator stops the request on the server.
 
         Args:
             prompt: text to continue; empty with `messages`.
@@ -99,59 +101,50 @@ class TritonClient:
             conversation = np.array([[json.dumps(messages, ensure_ascii=False).encode()]], dtype=np.object_)
             inputs.append(grpcclient.InferInput("messages", [1, 1], "BYTES"))
             inputs[-1].set_data_from_numpy(conversation)
-        request = {"model_name": self._model, "inputs": inputs, "request_id": request_id}
         if self._draining:
             raise ApiError(503, _DRAINING)
-        call = self._client.stream_infer(_single(request), headers=_REAL_CODES)
-        self._calls.add(call)
+        stream = ResponseStream(self._client, self._model, inputs, request_id)
+        self._streams.add(stream)
         try:
             while True:
-                chunk = await self._next(call, options.timeout)
-                if chunk.statistics is not None:
-                    self._calls.discard(call)
-                    await await_end(call)
-                    yield chunk
-                    return
+                chunk = await self._next(stream, options.timeout)
+                if chunk.statistics is not None and chunk.statistics.finish_reason == "cancelled":
+                    raise ApiError(503, _DRAINING)
                 yield chunk
+                if chunk.statistics is not None:
+                    return
         finally:
-            self._calls.discard(call)
-            call.cancel()
+            self._streams.discard(stream)
+            # The client has its answer, or has gone: nobody waits for this.
+            closing = asyncio.create_task(stream.close())
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
 
-    async def _next(self, call: Any, timeout: float) -> Chunk:
+    async def _next(self, stream: ResponseStream, timeout: float) -> Chunk:
         try:
-            result, error = await asyncio.wait_for(anext(call), timeout)
+            return await stream.next(timeout)
         except asyncio.TimeoutError:
             log.error("the server sent nothing for %g s", timeout)
             raise ApiError(504, "the model server sends nothing: try again later") from None
         except StopAsyncIteration:
-            raise _failure(grpc.StatusCode.UNAVAILABLE, "the stream ended early") from None
-        except grpc.RpcError as refusal:
-            raise _failure(refusal.code(), refusal.details() or "") from None
-        except asyncio.CancelledError:
-            if self._draining:
-                raise ApiError(503, _DRAINING) from None
-            raise
-        if error is not None:
-            raise _failure(grpc.StatusCode.UNKNOWN, error.message() or "")
-        return chunk_of(result)
+            raise _failure("unavailable", "the stream ended early") from None
+        except InferenceServerException as refusal:
+            raise _failure(*parse_error(refusal.message() or "")) from None
+        except grpc.RpcError as failure:
+            lost = failure.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+            raise _failure("unavailable" if lost else None, failure.details() or "") from None
 
 
-def _failure(code: grpc.StatusCode, details: str) -> ApiError:
-    """What a client is told about a gRPC status.
+def _failure(fault: Fault | None, sentence: str) -> ApiError:
+    """What a client is told about an error of the model server.
 
     Only refusals of the request itself are passed on: what else Triton says is for the log, as it may hold paths.
     """
-    sentence = details.strip().splitlines()[0] if details.strip() else ""
-    if code is grpc.StatusCode.INVALID_ARGUMENT:
+    if fault == "invalid":
         return ApiError(400, sentence)
-    log.warning("the model server answered %s: %s", code.name, details)
-    if code is grpc.StatusCode.UNAVAILABLE and sentence.endswith(TRY_AGAIN):
+    log.warning("the model server failed a request (%s): %s", fault or "unknown", sentence)
+    if fault == "unavailable" and sentence.endswith(TRY_AGAIN):
         return ApiError(429, sentence, code="rate_limit_exceeded")
-    # While it starts or stops, Triton does not know its own model.
-    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.CANCELLED):
+    if fault == "unavailable" or sentence.startswith(_UNKNOWN_MODEL):
         return ApiError(503, "the model server cannot be reached or is restarting: try again later")
     return ApiError(500, "the model server failed: see its log")
-
-
-async def _single(request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-    yield request

@@ -22,7 +22,7 @@ from prism_trt.errors import PrismError
 from prism_trt.speculative.kv_pool import SlotPool
 from prism_trt.speculative.planner import Load, Plan, Planner
 from prism_trt.speculative.prefill import group, share
-from prism_trt.speculative.request import AUTO, Event, Request, Result, check_request, tokens_per_row
+from prism_trt.speculative.request import AUTO, Event, Request, Result, Statistics, check_request, tokens_per_row
 from prism_trt.speculative.row import Row
 from prism_trt.speculative.sampling import draw, uniforms, warp
 from prism_trt.speculative.stopping import StopRule, TextStream
@@ -101,16 +101,20 @@ class Decoder:
         self._waiting.append(row)
         return row.id
 
-    def cancel(self, request_id: int) -> bool:
-        """Drop a request, without a further event; False when it has finished already."""
+    def cancel(self, request_id: int) -> Statistics | None:
+        """Drop a request, without a further event.
+
+        Returns:
+            What it did until now; None when it has finished already.
+        """
         for rows in (self._waiting, self._prefilling, self._decoding):
             for row in rows:
                 if row.id == request_id:
                     rows.remove(row)
                     if rows is not self._waiting:
                         self._release(row)
-                    return True
-        return False
+                    return row.stats
+        return None
 
     @torch.inference_mode()
     def step(self) -> list[Event]:

@@ -73,7 +73,7 @@ def test_loss_is_coloured_or_in_brackets(data: Path, target: Path) -> None:
 def test_command_line(data: Path, target: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert inspect("--data", data) == 0
     text = capsys.readouterr().out
-    assert "4 records, 3 usable" in " ".join(text.split())
+    assert "data[1].jsonl:4records,3usable" in "".join(text.split()), "lines are folded where the path is long"
     assert "skipped: no messages" in text and "line 2" in text
     assert "im_start" not in text
 

@@ -24,6 +24,16 @@ def tensor(value: Any) -> np.ndarray:
     return np.array([[v.encode() if isinstance(v, str) else v for v in values]], dtype=np.object_)
 
 
+def input_tensors(inputs: dict[str, Any]) -> list[grpcclient.InferInput]:
+    """The tensors of a request."""
+    tensors = []
+    for name, value in inputs.items():
+        array = value if isinstance(value, np.ndarray) else tensor(value)
+        tensors.append(grpcclient.InferInput(name, list(array.shape), TYPES[array.dtype.kind]))
+        tensors[-1].set_data_from_numpy(array)
+    return tensors
+
+
 def ask(
     url: str,
     inputs: dict[str, Any],
@@ -36,15 +46,10 @@ def ask(
     An error is ``{"error": message}`` and the last.
     """
     answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
-    tensors = []
-    for name, value in inputs.items():
-        array = value if isinstance(value, np.ndarray) else tensor(value)
-        tensors.append(grpcclient.InferInput(name, list(array.shape), TYPES[array.dtype.kind]))
-        tensors[-1].set_data_from_numpy(array)
     responses: list[dict[str, Any]] = []
     with grpcclient.InferenceServerClient(url) as client:
         client.start_stream(lambda result, error: answers.put((result, error)))
-        client.async_stream_infer("prism", tensors, parameters=parameters, timeout=timeout_us)
+        client.async_stream_infer("prism", input_tensors(inputs), parameters=parameters, timeout=timeout_us)
         while not responses or not responses[-1].keys() & {"error", "finish_reason"}:
             result, error = answers.get(timeout=60)
             if error is not None:

@@ -193,15 +193,18 @@ def test_cancelled_while_waiting_and_while_running(engine: FragileEngine, schedu
     engine.go.set()
     for reply in replies:
         assert reply.ended.wait(60)
-        assert reply.failure == ("unavailable", "cancelled")
+        assert (reply.failure, reply.reason) == (None, "cancelled")
         assert sum(map(len, reply.pieces)) < len(whole)
+        assert reply.statistics is not None
+        assert reply.statistics.num_input_tokens == len(wanted.request.prompt)
 
 
 def test_no_round_is_run_for_a_client_that_has_gone(engine: FragileEngine, scheduler: Scheduler) -> None:
     reply = submit(scheduler, generation(engine, max_tokens=40), Recorder(leave_after=2))
     assert reply.ended.wait(60)
-    assert reply.failure == ("unavailable", "cancelled")
-    assert len(reply.pieces) == 2
+    assert (reply.failure, reply.reason) == (None, "cancelled")
+    assert len(reply.pieces) == 3
+    assert reply.pieces[2] == ""
 
 
 def test_a_request_that_waited_too_long_costs_no_prefill(engine: FragileEngine, scheduler: Scheduler) -> None:

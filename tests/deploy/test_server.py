@@ -200,7 +200,8 @@ def test_a_dead_model_process_ends_the_server_instead_of_hanging_it(repository: 
         model.kill()
         with pytest.raises(PrismError, match="the server answered"):
             list(stream)
-        with pytest.raises(PrismError, match="the server's model process died"):
+        # Triton crashes of it at once where the model held a lock of their shared memory.
+        with pytest.raises(PrismError, match="the server's model process died|the server ended by itself"):
             server.wait()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import re
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tritonclient.grpc as grpcclient
 
 from prism_trt.client.generate import Chunk, Options, stream_generate
 from prism_trt.deploy.server import TritonServer, free_port
@@ -30,11 +32,10 @@ from prism_trt.speculative.stopping import TextStream
 from prism_trt.target.detokenize import DetokenizerStream
 from prism_trt.target.tokenizer import Tokenizer
 from tests.deploy.conftest import SLOTS
-from tests.deploy.grpc import ask
+from tests.deploy.grpc import ask, input_tensors
+from tests.deploy.load import LONG, busy
 
 ROOT = Path(__file__).parents[2]
-LONG = 480
-"""Tokens that take about a second."""
 
 
 def in_process(engine: Engine, tokenizer: Tokenizer, prompt: str, options: Options) -> tuple[str, Result]:
@@ -162,7 +163,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
             "text_input": np.array([[b"a"], [b"b"]], dtype=np.object_),
             "max_tokens": np.array([[4], [4]], dtype=np.int32),
         },
-        "send one prompt per request",
+        "batch-size must be <= 1",
     ),
     "unknown input": ({**GOOD, "temprature": 0.5}, "temprature"),
     "temperature negative": ({**GOOD, "temperature": -1.0}, "temperature: .*greater than or equal to 0"),
@@ -195,7 +196,7 @@ def test_bad_input_is_one_sentence_and_the_server_goes_on(server: TritonServer, 
 
 def test_unknown_parameter(server: TritonServer) -> None:
     (response,) = ask(server.grpc_url, GOOD, {"temprature": 1})
-    assert response["error"].startswith("'temprature' is neither an input nor a parameter of this model")
+    assert response["error"].startswith("[INVALID_ARG] 'temprature' is neither an input nor a parameter of this model")
 
 
 def test_inputs_that_ask_for_nothing_are_accepted(server: TritonServer) -> None:
@@ -324,12 +325,44 @@ def assert_slots_are_free(server: TritonServer, tokens_before: float) -> None:
 
 def test_cancelled_requests_free_their_slots(server: TritonServer) -> None:
     before = metric(server, "prism_output_tokens_total")
-    streams = [stream_generate(server.grpc_url, "fox", Options(max_tokens=LONG)) for _ in range(SLOTS + 2)]
+    options = Options(max_tokens=LONG, log_probs=20)
+    streams = [stream_generate(server.grpc_url, "fox", options) for _ in range(SLOTS + 2)]
     for stream in streams[:SLOTS]:
         assert list(islice(stream, 2))
     for stream in streams:
         stream.close()
     assert_slots_are_free(server, before)
+
+
+def test_requests_are_stopped_by_another_with_their_id(server: TritonServer) -> None:
+    before = metric(server, "prism_output_tokens_total")
+    ended: queue.Queue[tuple[Any, Any]] = queue.Queue()
+    stop = {"text_input": "", "max_tokens": 1, "stop": True}
+    with grpcclient.InferenceServerClient(server.grpc_url) as raw:
+        raw.start_stream(lambda result, error: ended.put((result, error)))
+        # The last ones wait for a slot.
+        for number in range(SLOTS + 2):
+            wanted = {"text_input": "fox", "max_tokens": LONG, "end_id": -1}
+            raw.async_stream_infer("prism", input_tensors(wanted), request_id=str(number))
+        raw.async_stream_infer("prism", input_tensors(stop), request_id="unknown")
+        for number in (SLOTS + 1, 0, 1):
+            raw.async_stream_infer("prism", input_tensors(stop), request_id=str(number))
+        for _ in range(3):
+            result, error = ended.get(timeout=60)
+            assert error is None
+            assert result.get_response().id in (str(SLOTS + 1), "0", "1")
+            assert result.as_numpy("finish_reason").item() == b"cancelled"
+            assert result.as_numpy("num_input_tokens").item() == 2
+            assert result.as_numpy("num_output_tokens").item() < LONG
+        raw.async_stream_infer("prism", input_tensors(stop))
+        _, error = ended.get(timeout=60)
+        assert "stop is set in a request without an id" in error.message()
+        for _ in range(SLOTS - 1):
+            result, _ = ended.get(timeout=60)
+            assert result.as_numpy("finish_reason").item() == b"length"
+        raw.stop_stream()
+    assert ended.empty()
+    assert metric(server, "prism_output_tokens_total") == before + (SLOTS - 1) * LONG
 
 
 def client(*arguments: str) -> subprocess.Popen[bytes]:
@@ -340,7 +373,7 @@ def client(*arguments: str) -> subprocess.Popen[bytes]:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_interrupted_client(server: TritonServer, number: int) -> None:
     before = metric(server, "prism_output_tokens_total")
-    process = client("fox", "--url", server.grpc_url, "--stream", "--max-tokens", str(LONG))
+    process = client("fox", "--url", server.grpc_url, "--stream", "--max-tokens", str(LONG), "--temperature", "1")
     assert process.stdout is not None
     os.read(process.stdout.fileno(), 1)
     process.send_signal(number)
@@ -353,7 +386,7 @@ def test_interrupted_client(server: TritonServer, number: int) -> None:
 def test_requests_beyond_the_backlog_are_refused(server: TritonServer) -> None:
     def attempt(_: int) -> str:
         try:
-            return answer(server, "fox", Options(max_tokens=200, chat=False))[-1].text
+            return answer(server, "fox", Options(max_tokens=LONG, chat=False))[-1].text
         except PrismError as error:
             return str(error)
 
@@ -366,12 +399,8 @@ def test_requests_beyond_the_backlog_are_refused(server: TritonServer) -> None:
 
 
 def test_a_request_that_waits_too_long_is_dropped(server: TritonServer) -> None:
-    streams = [stream_generate(server.grpc_url, "fox", Options(max_tokens=LONG)) for _ in range(SLOTS)]
-    for stream in streams:
-        next(stream)
-    (response,) = ask(server.grpc_url, GOOD, timeout_us=1000)
-    for stream in streams:
-        stream.close()
+    with busy(server.grpc_url):
+        (response,) = ask(server.grpc_url, GOOD, timeout_us=1000)
     assert "timed out before its first token" in response["error"]
     assert ask(server.grpc_url, GOOD, timeout_us=20_000_000)[-1]["num_output_tokens"] == 4
 
@@ -405,11 +434,6 @@ def test_client_mistakes_are_one_sentence(server: TritonServer, arguments: list[
 
 
 def test_a_silent_server_is_noticed(server: TritonServer) -> None:
-    streams = [stream_generate(server.grpc_url, "fox", Options(max_tokens=LONG)) for _ in range(SLOTS)]
-    for stream in streams:
-        next(stream)
-    with pytest.raises(PrismError, match=r"the server sent nothing for 0\.01 s"):
+    with busy(server.grpc_url), pytest.raises(PrismError, match=r"the server sent nothing for 0\.01 s"):
         answer(server, "dog", Options(timeout=0.01))
-    for stream in streams:
-        stream.close()
     server.probe()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -64,8 +65,8 @@ def test_answered_streams_leave_nothing_in_the_server(deployment: Deployment) ->
 
 def test_different_answers_are_noticed(deployment: Deployment, expected: dict[str, str]) -> None:
     wrong = {"fox": expected["fox"], "a dog": "not this"}
-    point = asyncio.run(run_load(deployment, 2, 0.01, OPTIONS, wrong))
-    assert (point.outcomes.answers, point.different) == (2, 1)
+    point = asyncio.run(run_load(deployment, 2, 0.5, OPTIONS, wrong))
+    assert 0 < point.different < point.outcomes.answers
 
 
 def test_broken_requests_do_not_disturb_valid_ones(deployment: Deployment, expected: dict[str, str]) -> None:
@@ -80,6 +81,24 @@ def test_broken_requests_do_not_disturb_valid_ones(deployment: Deployment, expec
     assert fuzzing.kinds["huge max_tokens"].accepted == 10
 
 
+def test_a_broken_string_fails_no_other_request(deployment: Deployment) -> None:
+    """Triton's Python backend refuses all requests of a batch when a string of one of them is broken."""
+    kinds = ("wrong string length", "huge max_tokens")
+    requests = [request for request in islice(broken_requests("prism", 0), 2000) if request.kind in kinds]
+
+    async def run() -> list[tuple[str, str]]:
+        six = asyncio.Semaphore(6)
+
+        async def send(request: BrokenRequest) -> tuple[str, str]:
+            async with six:
+                return request.kind, (await send_broken(channel, request))[0]
+
+        async with grpc.aio.insecure_channel(deployment.grpc_url) as channel:
+            return await asyncio.gather(*map(send, requests))
+
+    assert set(asyncio.run(run())) == {("wrong string length", "refused"), ("huge max_tokens", "accepted")}
+
+
 def test_an_unbroken_request_is_accepted(deployment: Deployment) -> None:
     """The broken ones are refused for what is broken about them."""
 
@@ -91,7 +110,7 @@ def test_an_unbroken_request_is_accepted(deployment: Deployment) -> None:
     assert asyncio.run(send(huge)) == ("accepted", "")
     broken = service_pb2.ModelInferRequest.FromString(huge.message)
     broken.inputs[0].datatype = "FP16"
-    outcome, sentence = asyncio.run(send(BrokenRequest("wrong data type", broken.SerializeToString())))
+    outcome, sentence = asyncio.run(send(replace(huge, message=broken.SerializeToString())))
     assert outcome == "refused"
     assert "text_input" in sentence
 

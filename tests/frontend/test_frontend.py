@@ -16,7 +16,6 @@ import httpx
 import openai
 import pytest
 
-from prism_trt.client.generate import Options, stream_generate
 from prism_trt.deploy.server import TritonServer, free_port
 from prism_trt.engines.protocol import Engine
 from prism_trt.speculative.decoder import Decoder, generate
@@ -24,11 +23,9 @@ from prism_trt.speculative.log_probs import ScoredToken
 from prism_trt.speculative.request import Request
 from prism_trt.speculative.sampling import SamplingParams
 from prism_trt.target.tokenizer import Tokenizer
-from tests.deploy.conftest import SLOTS
+from tests.deploy.load import LONG, busy
 from tests.frontend.conftest import KEY, Frontend, running
 
-LONG = 480
-"""Tokens that take about a second."""
 CONVERSATION: list[Any] = [
     {"role": "developer", "content": "Be a dog."},
     {"role": "user", "content": [{"type": "text", "text": "Größe "}, {"type": "text", "text": "東京?"}]},
@@ -297,27 +294,22 @@ def output_tokens(server: TritonServer) -> int:
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_frees_its_slot(frontend: Frontend, server: TritonServer, stream: bool) -> None:
     before = output_tokens(server)
-    body = {**TEXT, "max_tokens": LONG, "stream": stream, "temperature": 0}
+    body = {**TEXT, "max_tokens": LONG, "stream": stream, "logprobs": 5}
     headers = {"Authorization": f"Bearer {KEY}"}
     if stream:
         with httpx.stream("POST", f"{frontend.url}/completions", json=body, headers=headers, timeout=60) as reply:
             next(reply.iter_raw())
     else:
-        # With all slots taken, the request waits for as long as these run; they must run longer than the client waits.
-        others = [stream_generate(server.grpc_url, "fox", Options(max_tokens=LONG)) for _ in range(SLOTS)]
-        for other in others:
-            next(other)
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{frontend.url}/completions", json=body, headers=headers, timeout=httpx.Timeout(60, read=0.05))
-        for other in others:
-            other.close()
+        timeout = httpx.Timeout(60, read=0.05)
+        with busy(server.grpc_url), pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{frontend.url}/completions", json=body, headers=headers, timeout=timeout)
     time.sleep(1.5)  # what still ran would finish meanwhile
     frontend.openai().completions.create(**TEXT)
     assert output_tokens(server) == before + 4
 
 
 def test_overload_and_its_end(frontend: Frontend, server: TritonServer, key_file: Path) -> None:
-    body = json.dumps({**TEXT, "max_tokens": 200, "temperature": 0}).encode()
+    body = json.dumps({**TEXT, "max_tokens": LONG, "temperature": 0}).encode()
     with ThreadPoolExecutor(24) as pool:  # 4 slots, 8 may wait
         replies = list(pool.map(lambda _: post(frontend, body, "/completions"), range(24)))
     refused = [reply for reply in replies if reply.status_code != 200]
@@ -343,20 +335,16 @@ def test_without_a_model_server() -> None:
 
 
 def test_a_silent_model_server(server: TritonServer) -> None:
-    with running(server.grpc_url, "--timeout", "0.1") as frontend:
-        others = [stream_generate(server.grpc_url, "fox", Options(max_tokens=LONG)) for _ in range(SLOTS)]
-        for other in others:
-            next(other)
+    with running(server.grpc_url, "--timeout", "0.1") as frontend, busy(server.grpc_url):
         reply = post(frontend, json.dumps(GOOD).encode())
-        for other in others:
-            other.close()
-        assert_refused(reply, 504, "the model server sends nothing")
+    assert_refused(reply, 504, "the model server sends nothing")
 
 
 @pytest.mark.parametrize("grace", [60, 0])
 def test_sigterm_lets_streams_finish_within_the_grace_period(server: TritonServer, grace: int) -> None:
     with running(server.grpc_url, "--grace", str(grace)) as frontend:
-        stream = frontend.openai().completions.create(**{**TEXT, "max_tokens": LONG, "temperature": 0}, stream=True)
+        # Log-probabilities make it last for half a second: the signal is noticed after a tenth.
+        stream = frontend.openai().completions.create(**{**TEXT, "max_tokens": LONG, "logprobs": 5}, stream=True)
         pieces = [next(stream)]
         frontend.process.send_signal(signal.SIGTERM)
         if grace:

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,7 +62,6 @@ async def run_fuzzing(
     attempts: list[tuple[str, Attempt]] = []
     prompts = itertools.cycle(expected)
     client = connect(deployment.grpc_url)
-    finished = False
 
     async def send() -> None:
         async with grpc.aio.insecure_channel(deployment.grpc_url, options=CHANNEL) as channel:
@@ -71,7 +70,7 @@ async def run_fuzzing(
                 advance()
 
     async def keep_asking() -> None:
-        while not finished:
+        while True:
             prompt = next(prompts)
             attempts.append((prompt, await ask(client, prompt, options)))
 
@@ -81,7 +80,6 @@ async def run_fuzzing(
         # The server has met all of it and must still be the same.
         attempts += [(prompt, await ask(client, prompt, options)) for prompt in expected]
     finally:
-        finished = True
         for task in asking:
             task.cancel()
         await asyncio.gather(*asking, return_exceptions=True)
@@ -103,11 +101,20 @@ async def send_broken(channel: Any, request: BrokenRequest) -> tuple[str, str]:
     stream = channel.stream_stream(
         _METHOD, request_serializer=None, response_deserializer=service_pb2.ModelStreamInferResponse.FromString
     )
-    call = stream(_single(request.message))
+
+    async def skip_to_the_end(call: Any) -> None:
+        while await call.read() is not grpc.aio.EOF:
+            pass
+
+    call = stream([request.message])
     try:
         response = await asyncio.wait_for(call.read(), _PATIENCE)
-        if response is not grpc.aio.EOF and response.error_message:
-            await asyncio.wait_for(call.read(), _PATIENCE)  # not cancelled: see `await_end`
+        if response is not grpc.aio.EOF:
+            # Read to its end, not cancelled: see `prism_trt.client.streams`.
+            ends = [skip_to_the_end(call)]
+            if not response.error_message:
+                ends.append(skip_to_the_end(stream([request.stop])))
+            await asyncio.wait_for(asyncio.gather(*ends), _PATIENCE)
     except asyncio.TimeoutError:
         return "silent", ""
     except grpc.RpcError as refusal:
@@ -118,7 +125,3 @@ async def send_broken(channel: Any, request: BrokenRequest) -> tuple[str, str]:
     if response is grpc.aio.EOF:
         return "closed", ""
     return ("refused" if response.error_message else "accepted"), response.error_message
-
-
-async def _single(message: bytes) -> AsyncIterator[bytes]:
-    yield message

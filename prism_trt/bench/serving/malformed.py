@@ -8,9 +8,9 @@ from random import Random
 from typing import Any
 
 import numpy as np
-from tritonclient.grpc import service_pb2
+from tritonclient.grpc import InferInput, service_pb2
 
-from prism_trt.client.generate import Options, request_inputs
+from prism_trt.client.generate import Options, request_inputs, stop_inputs
 from prism_trt.deploy.interface import INPUTS
 
 _DATA_TYPES = ("", "BOOL", "INT8", "INT32", "INT64", "UINT64", "FP16", "FP32", "FP64", "BYTES", "BF16", "NONSENSE")
@@ -33,6 +33,8 @@ class BrokenRequest:
 
     kind: str
     message: bytes
+    stop: bytes
+    """A request, serialised as well, that ends this one should the server have accepted it."""
 
 
 def broken_requests(model: str, seed: int) -> Iterator[BrokenRequest]:
@@ -42,14 +44,19 @@ def broken_requests(model: str, seed: int) -> Iterator[BrokenRequest]:
         for kind, breaking in _KINDS.items():
             request = _request(model, random)
             changed = breaking(random, request)
-            yield BrokenRequest(kind, changed if isinstance(changed, bytes) else request.SerializeToString())
+            message = changed if isinstance(changed, bytes) else request.SerializeToString()
+            yield BrokenRequest(kind, message, _message(model, request.id, stop_inputs()).SerializeToString())
 
 
 def _request(model: str, random: Random) -> Any:
     """A valid request with a random set of optional inputs."""
     options = Options(model=model, max_tokens=random.randint(1, 4), chat=random.random() < 0.5, stop=("zebra",))
-    request = service_pb2.ModelInferRequest(model_name=model)
-    for tensor in request_inputs("The quick brown fox", options):
+    return _message(model, f"{random.getrandbits(64):016x}", request_inputs("The quick brown fox", options))
+
+
+def _message(model: str, request_id: str, inputs: list[InferInput]) -> Any:
+    request = service_pb2.ModelInferRequest(model_name=model, id=request_id)
+    for tensor in inputs:
         request.inputs.append(tensor._get_tensor())
         request.raw_input_contents.append(tensor._get_content())
     return request

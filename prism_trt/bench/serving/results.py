@@ -70,7 +70,7 @@ class Malformed(StrictModel):
 
     sent: int = 0
     refused: int = 0
-    accepted: int = Field(0, description="turned out to be valid; cancelled after the first response")
+    accepted: int = Field(0, description="turned out to be valid; stopped after the first response")
     closed: int = Field(0, description="the stream was closed without a word: gRPC could not read the message")
     silent: int = 0
     connection_lost: int = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,11 +14,11 @@ import tritonclient.grpc.aio as grpcclient
 from tritonclient.utils import InferenceServerException
 
 from prism_trt.bench.serving.results import Outcomes
-from prism_trt.client.generate import Options, await_end, chunk_of, request_inputs
+from prism_trt.client.generate import Options, request_inputs
+from prism_trt.client.streams import ResponseStream
 
 Outcome = Literal["answers", "refused", "failed", "vanished", "silent"]
 CHANNEL = [("grpc.max_reconnect_backoff_ms", 500), ("grpc.enable_http_proxy", 0)]
-_REAL_CODES = {"triton_grpc_error": "true"}
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ async def ask(
 
     Args:
         to_the_limit: generate `options.max_tokens` tokens whatever the model says.
-        cancel_after: responses after which the client goes away; such an attempt counts as an answer.
+        cancel_after: responses after which the request is stopped; such an attempt counts as an answer.
         first: set when the first response has come.
     """
     inputs = request_inputs(prompt, options)
@@ -73,22 +73,17 @@ async def ask(
     def end(outcome: Outcome, error: str = "") -> Attempt:
         return Attempt(outcome, started, tuple(arrivals), time.perf_counter(), text, tokens, error)
 
-    call = client.stream_infer(_single({"model_name": options.model, "inputs": inputs}), headers=_REAL_CODES)
+    stream = ResponseStream(client, options.model, inputs)
     try:
         while True:
-            result, error = await asyncio.wait_for(anext(call), options.timeout)
-            if error is not None:
-                return end("failed" if arrivals else "refused", str(error.message()))
+            chunk = await stream.next(options.timeout)
             arrivals.append(time.perf_counter())
             if first is not None:
                 first.set()
-            chunk = chunk_of(result)
             text += chunk.text
             if chunk.statistics is not None:
                 tokens = chunk.statistics.num_output_tokens
-                attempt = end("answers")
-                await await_end(call)
-                return attempt
+                return end("answers")
             if cancel_after is not None and len(arrivals) >= cancel_after:
                 return end("answers")
     except asyncio.TimeoutError:
@@ -100,11 +95,7 @@ async def ask(
     except InferenceServerException as refusal:
         return end("failed" if arrivals else "refused", str(refusal.message()))
     finally:
-        call.cancel()
-
-
-async def _single(request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-    yield request
+        await stream.close()
 
 
 def count(attempts: Iterable[Attempt]) -> Outcomes:
