@@ -18,6 +18,7 @@ from prism_trt.target.tokenizer import Tokenizer
 from tests.tiny import tiny_drafter, tiny_target
 
 SLOTS = 4
+CONTEXT = 4096
 TREE = "8/4/5"
 """The engine's own: what a planner would choose depends on the machine's load."""
 
@@ -25,10 +26,10 @@ TREE = "8/4/5"
 @pytest.fixture(scope="session")
 def engine_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("engine")
-    target = tiny_target()
+    target = tiny_target(max_position_embeddings=CONTEXT)
     save_hf(target, root / "target")
     save_drafter(tiny_drafter(target), root / "drafter")
-    build_engine(target=root / "target", drafter=root / "drafter", out=root / "engine", slots=SLOTS)
+    build_engine(target=root / "target", drafter=root / "drafter", out=root / "engine", slots=SLOTS, context=CONTEXT)
     return root / "engine"
 
 

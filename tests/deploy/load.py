@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from prism_trt.client.generate import Options, stream_generate
 from tests.deploy.conftest import SLOTS
 
-LONG = 480
-"""Tokens that take a fraction of a second and fill a slot."""
+LONG = 4000
+"""Tokens that take more than a second."""
 
 
 @contextmanager
 def busy(url: str) -> Iterator[None]:
-    """All slots are taken and as many requests wait: a further one gets no slot for a while."""
-    streams = [stream_generate(url, "fox", Options(max_tokens=LONG, log_probs=20)) for _ in range(2 * SLOTS)]
+    """All slots are taken and as many requests wait: a further one gets no slot for seconds."""
+    streams = [stream_generate(url, "fox", Options(max_tokens=LONG)) for _ in range(2 * SLOTS)]
     with ThreadPoolExecutor(len(streams)) as pool:
         begun = [pool.submit(next, stream) for stream in streams]
         while sum(future.done() for future in begun) < SLOTS:

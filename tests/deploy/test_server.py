@@ -31,6 +31,7 @@ from prism_trt.deploy.server import TritonServer, find_triton, free_port, prefli
 from prism_trt.deploy.supervisor import Supervision, Supervisor
 from prism_trt.errors import PrismError
 from tests.deploy.conftest import SLOTS
+from tests.deploy.load import LONG
 
 ROOT = Path(__file__).parents[2]
 SHARED_MEMORY = Path("/dev/shm")
@@ -105,7 +106,7 @@ def test_deploy_run_until_a_signal(launch: Launch, number: int) -> None:
     assert [p.name() for p in started].count("tritonserver") == 1
     assert len(belongings(process.pid)) == 2
     # A stream that nobody closes keeps Triton itself from ending.
-    stream = stream_generate(f"127.0.0.1:{port}", "fox", Options(max_tokens=480))
+    stream = stream_generate(f"127.0.0.1:{port}", "fox", Options(max_tokens=LONG))
     next(stream)
     process.send_signal(number)
     output, errors = process.communicate(timeout=PATIENCE)
@@ -121,7 +122,7 @@ def test_a_second_signal_skips_the_grace_period(launch: Launch) -> None:
     process = launch(port, grace=10 * PATIENCE)
     await_line(process, "serving")
     started = below(process.pid)
-    stream = stream_generate(f"127.0.0.1:{port}", "fox", Options(max_tokens=480))
+    stream = stream_generate(f"127.0.0.1:{port}", "fox", Options(max_tokens=LONG))
     next(stream)
     process.send_signal(signal.SIGINT)
     await_line(process, "stopping")
@@ -193,7 +194,7 @@ def test_a_killed_keeper_takes_the_server_along(repository: Path) -> None:
 def test_a_dead_model_process_ends_the_server_instead_of_hanging_it(repository: Path) -> None:
     before = below(os.getpid())
     with TritonServer(repository) as server:
-        stream = stream_generate(server.grpc_url, "fox", Options(max_tokens=480, timeout=PATIENCE))
+        stream = stream_generate(server.grpc_url, "fox", Options(max_tokens=LONG, timeout=PATIENCE))
         next(stream)
         started = [process for process in below(os.getpid()) if process not in before]
         (model,) = [process for process in started if process.name().startswith("triton_python")]
@@ -201,7 +202,7 @@ def test_a_dead_model_process_ends_the_server_instead_of_hanging_it(repository: 
         with pytest.raises(PrismError, match="the server answered"):
             list(stream)
         # Triton crashes of it at once where the model held a lock of their shared memory.
-        with pytest.raises(PrismError, match="the server's model process died|the server ended by itself"):
+        with pytest.raises(PrismError, match=r"the server's model process died|the server ended by itself"):
             server.wait()
 
 
@@ -238,7 +239,7 @@ def test_a_server_that_dies_is_replaced(launch: Launch, victim: str) -> None:
     assert readiness(readiness_port) == (200, "ready")
     url, short = f"127.0.0.1:{grpc_port}", Options(max_tokens=20, timeout=10 * PATIENCE)
     before = [chunk.text for chunk in stream_generate(url, "fox", short)]
-    streams = [stream_generate(url, "fox", Options(max_tokens=480, timeout=10 * PATIENCE)) for _ in range(SLOTS)]
+    streams = [stream_generate(url, "fox", Options(max_tokens=LONG, timeout=10 * PATIENCE)) for _ in range(SLOTS)]
     for stream in streams:
         next(stream)
     started = below(process.pid)
@@ -314,7 +315,7 @@ def test_delays_between_restarts_double_up_to_a_bound() -> None:
 
 
 def test_a_busy_model_is_not_taken_for_a_hanging_one(server: TritonServer) -> None:
-    streams = [stream_generate(server.grpc_url, "fox", Options(max_tokens=480)) for _ in range(SLOTS)]
+    streams = [stream_generate(server.grpc_url, "fox", Options(max_tokens=LONG)) for _ in range(SLOTS)]
     for stream in streams:
         next(stream)
     server.probe(timeout=0.6)

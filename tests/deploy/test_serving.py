@@ -31,7 +31,7 @@ from prism_trt.speculative.sampling import SamplingParams
 from prism_trt.speculative.stopping import TextStream
 from prism_trt.target.detokenize import DetokenizerStream
 from prism_trt.target.tokenizer import Tokenizer
-from tests.deploy.conftest import SLOTS
+from tests.deploy.conftest import CONTEXT, SLOTS
 from tests.deploy.grpc import ask, input_tensors
 from tests.deploy.load import LONG, busy
 
@@ -151,7 +151,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "empty prompt": ({**GOOD, "text_input": ""}, "text_input is empty"),
     "prompt not UTF-8": ({**GOOD, "text_input": b"\xff\xfe\x80"}, "text_input is not valid UTF-8"),
     "stop word not UTF-8": ({**GOOD, "stop_words": [b"\xc3"]}, "stop_words is not valid UTF-8"),
-    "prompt of 600 tokens": ({**GOOD, "text_input": "é" * 300}, "the prompt has 600 tokens but the context is 512"),
+    "prompt of 4200 tokens": ({**GOOD, "text_input": "é" * 2100}, "the prompt has 4200 tokens but the context is 4096"),
     "prompt of a megabyte": ({**GOOD, "text_input": "a" * 10**6}, "the prompt has 1000000 bytes"),
     "max_tokens 0": ({**GOOD, "max_tokens": 0}, "max_tokens is 0: ask for at least 1"),
     "max_tokens negative": ({**GOOD, "max_tokens": -5}, "max_tokens is -5"),
@@ -286,9 +286,9 @@ def test_end_id_replaces_the_end_of_sequence(server: TritonServer, engine: Engin
 
 
 def test_generation_ends_where_the_context_does(server: TritonServer) -> None:
-    (response,) = ask(server.grpc_url, {"text_input": "é" * 250, "max_tokens": 10**6, "end_id": -1})
+    (response,) = ask(server.grpc_url, {"text_input": "é" * (CONTEXT // 2 - 6), "max_tokens": 10**6, "end_id": -1})
     assert response["finish_reason"] == b"length"
-    assert response["num_input_tokens"] == 500
+    assert response["num_input_tokens"] == CONTEXT - 12
     assert 1 <= response["num_output_tokens"] <= 13
 
 
@@ -325,8 +325,7 @@ def assert_slots_are_free(server: TritonServer, tokens_before: float) -> None:
 
 def test_cancelled_requests_free_their_slots(server: TritonServer) -> None:
     before = metric(server, "prism_output_tokens_total")
-    options = Options(max_tokens=LONG, log_probs=20)
-    streams = [stream_generate(server.grpc_url, "fox", options) for _ in range(SLOTS + 2)]
+    streams = [stream_generate(server.grpc_url, "fox", Options(max_tokens=LONG)) for _ in range(SLOTS + 2)]
     for stream in streams[:SLOTS]:
         assert list(islice(stream, 2))
     for stream in streams:
@@ -373,7 +372,7 @@ def client(*arguments: str) -> subprocess.Popen[bytes]:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_interrupted_client(server: TritonServer, number: int) -> None:
     before = metric(server, "prism_output_tokens_total")
-    process = client("fox", "--url", server.grpc_url, "--stream", "--max-tokens", str(LONG), "--temperature", "1")
+    process = client("fox", "--url", server.grpc_url, "--stream", "--max-tokens", str(LONG))
     assert process.stdout is not None
     os.read(process.stdout.fileno(), 1)
     process.send_signal(number)
@@ -386,7 +385,7 @@ def test_interrupted_client(server: TritonServer, number: int) -> None:
 def test_requests_beyond_the_backlog_are_refused(server: TritonServer) -> None:
     def attempt(_: int) -> str:
         try:
-            return answer(server, "fox", Options(max_tokens=LONG, chat=False))[-1].text
+            return answer(server, "fox", Options(max_tokens=400, chat=False))[-1].text
         except PrismError as error:
             return str(error)
 
