@@ -6,13 +6,14 @@
 # Usage: scripts/compare_drafters.sh PROMPTS.jsonl BENCH_SETS WORK     (BENCH_SETS/*/question.jsonl are the question sets)
 # Environment: SEEDS "0 1", WARM_UPDATES 1400, TUNED_UPDATES 600, ANSWERS 4096, SIZES "1024 2048 4096" (data sizes),
 # PARTS "main compute ablations sizes" (compute: equal computation instead of equal updates), PER_SET 80, TRAIN_OPTIONS
-# (such as "--device cuda"), WORKERS 1 (trainings at a time).
+# (such as "--device cuda"), WORKERS 1 (trainings at a time), ABLATIONS (some of the names in `ablation`).
 set -euo pipefail
 
 usage="usage: $0 PROMPTS.jsonl BENCH_SETS WORK"
 prompts=${1:?$usage} sets=${2:?$usage} work=${3:?$usage}
 seeds=${SEEDS:-0 1} warm=${WARM_UPDATES:-1400} tuned=${TUNED_UPDATES:-600} answers=${ANSWERS:-4096}
 sizes=${SIZES:-1024 2048 4096} parts=${PARTS:-main compute ablations sizes} per_set=${PER_SET:-80} workers=${WORKERS:-1}
+ablations=${ABLATIONS:-m1 m3 current aligned steps-2 steps-6 lr no-hidden hass-lr}
 read -ra options <<<"${TRAIN_OPTIONS:-}"
 target=$(python -c 'from prism_trt.target.smollm2 import find_smollm2; print(find_smollm2())')
 
@@ -33,8 +34,27 @@ prism() { # NAME SEED FROM OPTIONS...: PRISM after the warm-up
         --tuning-hidden-weight 1 "$@"
 }
 
+ablation() { # NAME SEED: PRISM, or HASS, with one thing changed
+    local seed=$2
+    case $1 in
+        m1) prism m1 "$seed" warm --modules 1 ;;
+        m3) prism m3 "$seed" warm --modules 3 ;;
+        current) prism current "$seed" warm --kv-mode current ;;
+        aligned)
+            train aligned "$seed" warm --kind prism --one-step-updates "$warm" \
+                --alignment-updates $((tuned / 2)) --tuning-updates $((tuned / 2)) --tuning-hidden-weight 1
+            ;;
+        steps-2) prism steps-2 "$seed" warm --tuning-steps 2 --tuning-updates $((2 * tuned)) ;; # of equal computation
+        steps-6) prism steps-6 "$seed" warm --tuning-steps 6 ;;
+        lr) prism lr "$seed" warm --tuning-lr 0.001 ;;
+        no-hidden) prism no-hidden "$seed" warm --tuning-hidden-weight 0 ;;
+        hass-lr) train hass-lr "$seed" warm "${hass[@]}" --alignment-lr 0.0005 ;;
+        *) echo "error: there is no ablation $1" >&2 && return 2 ;;
+    esac
+}
+
 seed_of_everything() { # SEED: all arms of one training seed
-    local seed=$1 size
+    local seed=$1 size name
     local hass=(--kind hass --one-step-updates "$warm" --alignment-updates "$tuned")
     train warm "$seed" - --kind eagle2 --one-step-updates "$warm"
     prism prism "$seed" warm
@@ -52,15 +72,7 @@ seed_of_everything() { # SEED: all arms of one training seed
         train standard "$seed" - --kind standard --one-step-updates $((warm + tuned))
     fi
     if [[ $parts == *ablations* ]]; then
-        prism prism-m1 "$seed" warm --modules 1
-        prism prism-m3 "$seed" warm --modules 3
-        prism prism-current "$seed" warm --kv-mode current
-        train prism-aligned "$seed" warm --kind prism --one-step-updates "$warm" \
-            --alignment-updates $((tuned / 2)) --tuning-updates $((tuned / 2)) --tuning-hidden-weight 1
-        prism prism-steps-2 "$seed" warm --tuning-steps 2
-        prism prism-steps-6 "$seed" warm --tuning-steps 6
-        prism prism-lr "$seed" warm --tuning-lr 0.001
-        prism prism-no-hidden "$seed" warm --tuning-hidden-weight 0
+        for name in $ablations; do ablation "$name" "$seed"; done
     fi
     if [[ $parts == *sizes* ]]; then
         for size in $sizes; do
@@ -111,8 +123,9 @@ if [[ $parts == *compute* ]]; then
     bench equal-compute eagle2 16/4/6,60/10/6 --replay eagle2=eagle2-equal-compute hass=hass prism=prism
 fi
 if [[ $parts == *ablations* ]]; then
-    bench ablations prism 16/4/6 --replay prism=prism m1=prism-m1 m3=prism-m3 current=prism-current aligned=prism-aligned \
-        steps-2=prism-steps-2 steps-6=prism-steps-6 lr=prism-lr no-hidden=prism-no-hidden
+    arms=(prism=prism)
+    for name in $ablations; do arms+=("$name=$name"); done
+    bench ablations prism 16/4/6 --replay "${arms[@]}"
 fi
 if [[ $parts == *sizes* ]]; then
     points=()

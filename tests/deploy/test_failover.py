@@ -5,9 +5,11 @@ Requests go over gRPC and through the front end in turn.
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
+import httpx
 import openai
 import psutil
 import pytest
@@ -25,8 +28,11 @@ from prism_trt.client.generate import Options, stream_generate
 from prism_trt.deploy.server import TritonServer, free_port
 from prism_trt.errors import PrismError
 from prism_trt.resources import resource
+from tests.deploy.conftest import SLOTS
+from tests.deploy.load import LONG
 from tests.frontend.conftest import Frontend, running
 
+STOPPED = re.compile(r'^prism_failed_requests_total{.*cause="cancelled".*} (\S+)$', re.MULTILINE)
 REQUESTS, AT_ONCE = 60, 8
 OPTIONS = Options(max_tokens=120, chat=False, timeout=60)
 
@@ -124,3 +130,28 @@ def test_no_request_vanishes_when_a_server_is_killed(repository: Path, tmp_path:
             pytest.raises(InferenceServerException, match="PERMISSION_DENIED"),
         ):
             client.get_system_shared_memory_status()
+
+
+@pytest.mark.slow
+def test_requests_are_stopped_on_the_server_that_runs_them(repository: Path, tmp_path: Path) -> None:
+    with (
+        TritonServer(repository) as one,
+        TritonServer(repository) as other,
+        nginx([one, other], tmp_path) as address,
+        running(address) as frontend,
+    ):
+        streams = [stream_generate(address, "fox", Options(max_tokens=LONG)) for _ in range(SLOTS)]
+        for stream in streams:
+            next(stream)
+        for stream in streams:
+            stream.close()
+        for _ in range(SLOTS):
+            body = {"model": "prism", "prompt": "fox", "max_tokens": LONG, "temperature": 0, "stream": True}
+            with httpx.stream("POST", f"{frontend.url}/completions", json=body, timeout=60) as reply:
+                next(reply.iter_raw())
+        stopped, deadline = [0.0, 0.0], time.monotonic() + 60
+        while sum(stopped) < 2 * SLOTS and time.monotonic() < deadline:
+            pages = [httpx.get(server.metrics_url).text for server in (one, other)]
+            stopped = [float(found[1]) for page in pages if (found := STOPPED.search(page))]
+        assert sum(stopped) == 2 * SLOTS
+        assert min(stopped) > 0
