@@ -14,6 +14,7 @@ from typing import NoReturn
 import typer
 
 from prism_trt.errors import PrismError
+from prism_trt.interrupts import interrupts_outside_imports
 
 _PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -52,7 +53,8 @@ def run(app: typer.Typer, arguments: Sequence[str] | None = None, name: str | No
         name: how usage messages call it; None: how it was started.
     """
     try:
-        app(args=arguments, prog_name=name)
+        with interrupts_outside_imports():
+            app(args=arguments, prog_name=name)
     except PrismError as error:
         _fail(str(error))
     except ModuleNotFoundError as error:

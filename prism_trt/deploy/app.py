@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from prism_trt.interrupts import outside_imports
+
 if TYPE_CHECKING:
     from prism_trt.deploy.server import TritonServer
     from prism_trt.deploy.supervisor import Supervision
@@ -115,13 +117,13 @@ class _Stop(BaseException):
 class _StopSignals:
     """Turns SIGINT, SIGTERM and SIGHUP into `_Stop`.
 
-    They are remembered because an exception that is raised inside an import or a destructor may get lost.
+    They are remembered because an exception that is raised inside a destructor gets lost.
     """
 
     def __init__(self) -> None:
         self._seen = False
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        self._before = {number: signal.signal(number, self._handle) for number in numbers}
+        numbers, handler = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP), outside_imports(self._handle)
+        self._before = {number: signal.signal(number, handler) for number in numbers}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._seen = True

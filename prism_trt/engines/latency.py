@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,16 +57,26 @@ class Grid:
         """Bilinear interpolation.
 
         A call before the first line or column costs what it does there. Beyond the last column, the last two give the
-        slope. Beyond the last line, a call is taken to cost what the last line's does with as much work in sum.
+        slope, which does not fall from line to line. Beyond the last line, a call is taken to cost what the last line's
+        does with as much work in sum.
         """
         if line > self.lines[-1]:
             line, column = self.lines[-1], column * line / self.lines[-1]
+        beyond = max(0.0, column - self.columns[-1])
         i, along = _place(self.lines, line)
-        j, across = _place(self.columns, column)
-        near, far = self.values[i], self.values[min(i + 1, len(self.lines) - 1)]
+        j, across = _place(self.columns, column - beyond)
         last = min(j + 1, len(self.columns) - 1)
-        ends = [row[j] + across * (row[last] - row[j]) for row in (near, far)]
-        return float(ends[0] + along * (ends[1] - ends[0]))
+        values = self.values[:, j] + across * (self.values[:, last] - self.values[:, j]) + beyond * self._slopes
+        far = min(i + 1, len(self.lines) - 1)
+        return float(values[i] + along * (values[far] - values[i]))
+
+    @cached_property
+    def _slopes(self) -> Array:
+        """[lines] milliseconds of a further column's unit."""
+        if len(self.columns) < 2:
+            return np.zeros(len(self.lines))
+        rise = (self.values[:, -1] - self.values[:, -2]) / (self.columns[-1] - self.columns[-2])
+        return np.maximum.accumulate(rise)
 
 
 class LatencyModel:

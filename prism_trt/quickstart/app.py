@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import platformdirs
 import typer
@@ -16,6 +15,7 @@ from prism_trt.bench.prompts import PROMPTS
 from prism_trt.bench.results import write_json
 from prism_trt.deploy.server import check_port, find_triton
 from prism_trt.engines.manifest import read_engine_manifest
+from prism_trt.interrupts import outside_imports
 from prism_trt.progress import progress
 from prism_trt.quickstart.artifacts import (
     Artifact,
@@ -85,12 +85,8 @@ def quickstart(
 
 def _interrupt_on_termination() -> None:
     """Make SIGTERM and a closed terminal end the run like Ctrl-C, so that the same clean-up happens."""
-
-    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
-        raise KeyboardInterrupt
-
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupt)
+        signal.signal(number, outside_imports(signal.default_int_handler))
 
 
 def _step(console: Console, number: int, name: str, text: str) -> None:
