@@ -48,14 +48,15 @@ ablation() { # NAME SEED: PRISM, or HASS, with one thing changed
         steps-6) prism steps-6 "$seed" warm --tuning-steps 6 ;;
         lr) prism lr "$seed" warm --tuning-lr 0.001 ;;
         no-hidden) prism no-hidden "$seed" warm --tuning-hidden-weight 0 ;;
-        hass-lr) train hass-lr "$seed" warm "${hass[@]}" --alignment-lr 0.0005 ;;
+        hass-lr) train hass-lr "$seed" warm "${hass[@]}" --alignment-lr 0.001 ;;
         *) echo "error: there is no ablation $1" >&2 && return 2 ;;
     esac
 }
 
 seed_of_everything() { # SEED: all arms of one training seed
     local seed=$1 size name
-    local hass=(--kind hass --one-step-updates "$warm" --alignment-updates "$tuned")
+    # The learning rate of PRISM's tuning: twice as much undoes more of the warm-up than alignment gives.
+    local hass=(--kind hass --one-step-updates "$warm" --alignment-updates "$tuned" --alignment-lr 0.0005)
     train warm "$seed" - --kind eagle2 --one-step-updates "$warm"
     prism prism "$seed" warm
     if [[ $parts == *main* || $parts == *compute* ]]; then
