@@ -192,7 +192,7 @@ class TrainConfig(StrictModel):
     alignment_steps: int = Field(3, ge=1, le=8, description="draft steps per update of stage alignment")
     tuning_steps: int = Field(4, ge=1, le=8, description="draft steps per update of stage tuning")
     one_step_lr: float = Field(1.5e-3, gt=0, description="peak learning rate of stage one_step")
-    alignment_lr: float = Field(1e-3, gt=0, description="peak learning rate of stage alignment")
+    alignment_lr: float = Field(5e-4, gt=0, description="peak learning rate of stage alignment")
     tuning_lr: float = Field(5e-4, gt=0, description="peak learning rate of stage tuning")
     warmup: float = Field(0.02, ge=0, lt=1, description="share of each stage with linearly rising learning rate")
     final_lr: float = Field(0.02, ge=0, le=1, description="share of the peak learning rate where the cosine decay ends")

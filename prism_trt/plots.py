@@ -30,20 +30,21 @@ def bars_figure(
     groups: Sequence[str], series: Mapping[str, Sequence[Bounded | None]], ylabel: str, baseline: float | None = None
 ) -> Figure:
     """Grouped bars with error bars, one colour per name, and a dashed `baseline` when given; None is a gap."""
-    figure = Figure(figsize=(max(6.0, 0.5 * len(groups) * (1 + len(series))), 4), layout="constrained")
+    figure = Figure(figsize=(min(max(6.0, 0.5 * len(groups) * (1 + len(series))), 14.0), 4), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / max(1, len(series))
     for index, (name, values) in enumerate(series.items()):
         known = [(group, value) for group, value in enumerate(values) if value is not None]
         places = [group + (index - (len(series) - 1) / 2) * width for group, _ in known]
         heights, errors = _heights_and_errors([value for _, value in known])
-        axes.bar(places, heights, width=0.95 * width, label=name, yerr=errors, capsize=3)
+        axes.bar(places, heights, width=0.95 * width, label=name, yerr=errors, capsize=2)
     if baseline is not None:
         axes.axhline(baseline, color="grey", linestyle="--", linewidth=1)
     axes.set_xticks(range(len(groups)), groups)
     axes.set_ylabel(ylabel)
     axes.grid(axis="y", alpha=0.3)
-    axes.legend()
+    axes.margins(x=0.01)
+    figure.legend(loc="outside upper center", ncols=len(series))
     return figure
 
 

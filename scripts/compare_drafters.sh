@@ -55,8 +55,7 @@ ablation() { # NAME SEED: PRISM, or HASS, with one thing changed
 
 seed_of_everything() { # SEED: all arms of one training seed
     local seed=$1 size name
-    # The learning rate of PRISM's tuning: twice as much undoes more of the warm-up than alignment gives.
-    local hass=(--kind hass --one-step-updates "$warm" --alignment-updates "$tuned" --alignment-lr 0.0005)
+    local hass=(--kind hass --one-step-updates "$warm" --alignment-updates "$tuned")
     train warm "$seed" - --kind eagle2 --one-step-updates "$warm"
     prism prism "$seed" warm
     if [[ $parts == *main* || $parts == *compute* ]]; then

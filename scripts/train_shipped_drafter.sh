@@ -10,6 +10,6 @@ target=$(python -c 'from prism_trt.target.smollm2 import find_smollm2; print(fin
 common=(--target "$target" --data "$prompts" --max-prompt-tokens 768 --max-new-tokens 256 --sampled-share 0)
 
 [ -f "$out.first/config.json" ] || python -m prism_trt.train "${common[@]}" --out "$out.first" --answers 6656 \
-    --rows-per-update 1024 --one-step-updates 7000 --alignment-updates 1000 --tuning-updates 900
+    --rows-per-update 1024 --one-step-updates 7000 --alignment-updates 1000 --alignment-lr 0.001 --tuning-updates 900
 python -m prism_trt.train "${common[@]}" --out "$out" --answers 4096 --answer-seed 1 --init "$out.first" \
     --rows-per-update 512 --one-step-updates 0 --alignment-updates 0 --tuning-updates 2400 --tuning-hidden-weight 1

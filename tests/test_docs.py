@@ -36,6 +36,7 @@ README_COLUMNS = {
 }
 """Columns of the README's table and what the bench's report calls them."""
 MODULES = {
+    "bench.merge": "prism_trt.bench.merge",
     "bench.peers": "prism_trt.bench.peers.app",
     "bench.scaling": "prism_trt.bench.scaling",
     "bench.sweep": "prism_trt.bench.sweep",

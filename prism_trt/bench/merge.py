@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from prism_trt.bench.figures import write_plots
 from prism_trt.bench.report import write_markdown
 from prism_trt.bench.results import OVERALL, VANILLA, BenchResult, QuestionRecord, write_json
 from prism_trt.bench.summary import summarise
@@ -29,6 +30,7 @@ def merge_files(
     results: Annotated[list[Path], typer.Argument(help="Bench results; settings are those of the first.")],
     json: Annotated[Path, typer.Option(help="Where the result is written.")],
     markdown: Annotated[Path | None, typer.Option(help="Where tables are written.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Directory for PNG plots.")] = None,
     reference: Annotated[str | None, typer.Option(help="Method that the others are compared with.")] = None,
     rename: Annotated[
         list[str] | None, typer.Option(metavar="OLD=NEW", help="Name for a method of the first result; repeated.")
@@ -48,6 +50,8 @@ def merge_files(
     write_json(merged, json)
     if markdown is not None:
         write_markdown(merged, markdown)
+    if plots is not None:
+        write_plots(merged, plots)
     typer.echo(f"{', '.join(merged.drafting)} on {len(merged.questions)} questions: {json}")
 
 
@@ -71,7 +75,7 @@ def renamed(result: BenchResult, old: str, new: str) -> BenchResult:
 
 
 def merge(results: list[BenchResult], reference: str | None) -> BenchResult:
-    """All methods of `results` over their common questions.
+    """All methods of `results` over their questions, in the first's order.
 
     Args:
         results: at least one; environment, bandwidth and settings are those of the first.
@@ -90,7 +94,7 @@ def merge(results: list[BenchResult], reference: str | None) -> BenchResult:
         for name in _SAME:
             if getattr(result.settings, name) != getattr(settings, name):
                 raise PrismError(f"result {number} was measured with another {name}: run the bench alike")
-        if [_answered(record) for record in result.questions] != [_answered(record) for record in first.questions]:
+        if {_answered(record) for record in result.questions} != {_answered(record) for record in first.questions}:
             raise PrismError(
                 f"result {number} has other questions, or the target answers differently: run the bench alike"
             )
@@ -99,6 +103,11 @@ def merge(results: list[BenchResult], reference: str | None) -> BenchResult:
         raise PrismError(f"the method {twice[0]} is in several results: use --rename")
     if reference is not None and reference not in names:
         raise PrismError(f"the reference {reference} is in no result: name one of {', '.join(names)}")
+    order = {_answered(record): position for position, record in enumerate(first.questions)}
+
+    def place(record: QuestionRecord) -> int:
+        return order[_answered(record)]
+
     records = [
         same[0].model_copy(
             update={
@@ -108,7 +117,7 @@ def merge(results: list[BenchResult], reference: str | None) -> BenchResult:
                 )
             }
         )
-        for same in zip(*(result.questions for result in results), strict=True)
+        for same in zip(*(sorted(result.questions, key=place) for result in results), strict=True)
     ]
     skipped = {entry.set: entry.skipped for entry in first.summaries if entry.set != OVERALL}
     methods = tuple(method for result in results for method in result.methods if method.name != VANILLA)
@@ -124,11 +133,11 @@ def merge(results: list[BenchResult], reference: str | None) -> BenchResult:
 
 def _answered(record: QuestionRecord) -> tuple[Any, ...]:
     """What must be alike: the question and the lengths of the target's own answers."""
-    own = [
+    own = tuple(
         (entry.turn, entry.repeat, entry.prompt_tokens, entry.output_tokens)
         for entry in record.generations
         if entry.method == VANILLA
-    ]
+    )
     return record.set, record.question_id, record.turns, own
 
 

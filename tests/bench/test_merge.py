@@ -42,10 +42,15 @@ def test_merged_runs_are_one_run_of_all(prism: BenchResult, hass: BenchResult) -
     ]
 
 
+def test_runs_may_have_asked_in_another_order(prism: BenchResult, hass: BenchResult) -> None:
+    reverse = hass.model_copy(update={"questions": hass.questions[::-1]})
+    assert merge([prism, reverse], "hass") == merge([prism, hass], "hass")
+
+
 def test_command(prism: BenchResult, hass: BenchResult, tmp_path: Path) -> None:
     for name, result in (("a", prism), ("b", hass)):
         write_json(result, tmp_path / f"{name}.json")
-    outputs = ["--json", str(tmp_path / "c.json"), "--markdown", str(tmp_path / "c.md")]
+    outputs = ["--json", str(tmp_path / "c.json"), "--markdown", str(tmp_path / "c.md"), "--plots", str(tmp_path)]
     inputs = [str(tmp_path / "a.json"), str(tmp_path / "b.json"), "--rename", "prism=old", "--reference", "old"]
     done = CliRunner().invoke(app(), [*inputs, *outputs], catch_exceptions=False)
     assert done.exit_code == 0
@@ -54,6 +59,7 @@ def test_command(prism: BenchResult, hass: BenchResult, tmp_path: Path) -> None:
     assert merged.overall("old", TREE).al_pooled == prism.overall("prism", TREE).al_pooled
     assert merged.overall("hass", TREE).to_reference is not None
     assert "| hass |" in (tmp_path / "c.md").read_text()
+    assert list(tmp_path.glob("*.png"))
     with pytest.raises(PrismError, match="--rename 'absent=x' is not of the form OLD=NEW"):
         CliRunner().invoke(app(), [*inputs, "--rename", "absent=x", *outputs], catch_exceptions=False)
 
