@@ -30,8 +30,8 @@ def parse(model: type[Config], values: dict[str, Any], source: str) -> Config:
         return model.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "the whole"
-        raise PrismError(f"{source}: {key}: {first['msg']}") from None
+        key = ".".join(str(part) for part in first["loc"])
+        raise PrismError(": ".join(filter(None, (source, key, first["msg"].removeprefix("Value error, "))))) from None
 
 
 def parse_json_file(model: type[Config], path: Path) -> Config:
@@ -109,6 +109,9 @@ class RopeScaling(StrictModel):
     original_max_position_embeddings: int = Field(ge=1)
 
 
+SIMULATED_STEPS = 5
+"""Draft steps of the simulated acceptance length, and so those whose difficulty is measured."""
+
 DrafterKind = Literal["prism", "hass", "eagle2", "standard"]
 Features = Literal["last", "multi", "none"]
 KVMode = Literal["producer", "current"]
@@ -157,8 +160,14 @@ class DrafterConfig(StrictModel):
         return self
 
 
+_LARGE = 1e30
+"""No sensible value is larger, and torch refuses some that are: float32 ends at 3e38."""
+
+
 class GenerationConfig(StrictModel):
     """How the target answers the training prompts."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     max_prompt_tokens: int = Field(512, ge=1, description="prompts with more tokens are dropped")
     max_new_tokens: int = Field(256, ge=2, description="answers end after this many tokens")
@@ -175,6 +184,8 @@ class TrainConfig(StrictModel):
     first only, hass the first two.
     """
 
+    model_config = ConfigDict(allow_inf_nan=False)
+
     kind: DrafterKind = Field("prism", description="prism, hass, eagle2, or standard (a small LM of its own)")
     features: Literal["last", "multi"] = Field(
         "last", description="hidden states fed: the last, or three of them fused"
@@ -183,31 +194,33 @@ class TrainConfig(StrictModel):
     modules: int = Field(2, ge=1, le=8, description="processing modules M of kind prism, after tuning")
     step_map: str = Field("", description="module of each draft step, as 0,1,1; empty: min(k, M-1); auto: as measured")
     layers: int = Field(1, ge=1, le=16, description="transformer layers of a module, or of a standard drafter")
-    width: int = Field(0, ge=0, description="hidden width of a standard drafter; 0 for the target's")
+    width: int = Field(0, ge=0, le=1 << 20, description="hidden width of a standard drafter; 0 for the target's")
     draft_vocab_size: int = Field(8192, ge=0, description="most frequent tokens the drafter can predict; 0 for all")
-    intermediate_size: int = Field(0, ge=0, description="MLP width of a layer; 0 for the target's (in proportion)")
+    intermediate_size: int = Field(
+        0, ge=0, le=1 << 20, description="MLP width of a layer; 0 for the target's (in proportion)"
+    )
     one_step_updates: int = Field(6000, ge=0, description="updates of stage one_step")
     alignment_updates: int = Field(1500, ge=0, description="updates of stage alignment")
     tuning_updates: int = Field(1500, ge=0, description="updates of stage tuning, from M copies of the module")
     alignment_steps: int = Field(3, ge=1, le=8, description="draft steps per update of stage alignment")
     tuning_steps: int = Field(4, ge=1, le=8, description="draft steps per update of stage tuning")
-    one_step_lr: float = Field(1.5e-3, gt=0, description="peak learning rate of stage one_step")
-    alignment_lr: float = Field(5e-4, gt=0, description="peak learning rate of stage alignment")
-    tuning_lr: float = Field(5e-4, gt=0, description="peak learning rate of stage tuning")
+    one_step_lr: float = Field(1.5e-3, gt=0, le=_LARGE, description="peak learning rate of stage one_step")
+    alignment_lr: float = Field(5e-4, gt=0, le=_LARGE, description="peak learning rate of stage alignment")
+    tuning_lr: float = Field(5e-4, gt=0, le=_LARGE, description="peak learning rate of stage tuning")
     warmup: float = Field(0.02, ge=0, lt=1, description="share of each stage with linearly rising learning rate")
     final_lr: float = Field(0.02, ge=0, le=1, description="share of the peak learning rate where the cosine decay ends")
     rows_per_update: int = Field(1024, ge=1, description="answer tokens per update")
     rows_per_pass: int = Field(0, ge=0, description="answer tokens per forward pass, gradients added up; 0 for all")
     hidden_weight: float = Field(1.0, ge=0, description="weight of the hidden-state loss in one_step and alignment")
-    cross_entropy_weight: float = Field(0.1, gt=0, description="weight of the soft cross-entropy in every stage")
+    cross_entropy_weight: float = Field(0.1, ge=1e-30, description="weight of the soft cross-entropy in every stage")
     alignment_top_k_weight: float = Field(1.0, ge=0, description="weight of HASS's top-K loss, for kind hass")
     tuning_hidden_weight: float = Field(0.0, ge=0, description="weight of the hidden-state loss in stage tuning")
-    noise: float = Field(0.1, ge=0, description="half-width of the uniform noise on the features in stage one_step")
+    noise: float = Field(0.1, ge=0, le=_LARGE, description="half-width of the uniform noise on features in one_step")
     optimizer: Literal["adamw", "muon"] = Field("adamw", description="muon applies to matrices, AdamW to the rest")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
     clip: float = Field(1.0, gt=0, description="gradients are scaled to at most this norm")
     compute: Literal["bfloat16", "float32"] = Field("bfloat16", description="dtype of the matrix products")
-    seed: int = Field(0, ge=0, description="seed of initialisation, data order and noise")
+    seed: int = Field(0, ge=0, lt=1 << 64, description="seed of initialisation, data order and noise")
     hold_back: int = Field(64, ge=0, description="greedy answers held back to simulate the acceptance length")
     max_answers: int = Field(0, ge=0, description="answers trained on, the first ones of the cache; 0 for all")
     save_every: int = Field(500, ge=1, description="updates between checkpoints")
@@ -226,7 +239,19 @@ class TrainConfig(StrictModel):
             raise ValueError(f"step_map must use every module 0..{self.modules - 1}, as in 0,1,1")
         if self.kind == "prism" and set(self.fixed_step_map[: self.tuning_steps]) != set(range(self.modules)):
             raise ValueError(f"{self.tuning_steps} tuning_steps do not reach all {self.modules} modules: raise them")
+        if self.measures_step_map and self.modules > SIMULATED_STEPS:
+            raise ValueError(
+                f"step_map auto measures {SIMULATED_STEPS} draft steps, too few for {self.modules} modules: lower "
+                "modules, or name the step map"
+            )
+        if self.measures_step_map and not self.hold_back:
+            raise ValueError("step_map auto measures on answers held back: raise hold_back, or name the step map")
         return self
+
+    @property
+    def measures_step_map(self) -> bool:
+        """The step map is chosen from measured acceptance, when tuning begins."""
+        return self.kind == "prism" and self.modules > 1 and self.step_map == "auto"
 
     @property
     def fixed_step_map(self) -> tuple[int, ...]:

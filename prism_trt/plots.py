@@ -56,6 +56,9 @@ def scaling_figure(series: Mapping[str, Sequence[tuple[float, Bounded]]], xlabel
         heights, errors = _heights_and_errors([value for _, value in points])
         axes.errorbar([x for x, _ in points], heights, yerr=errors, fmt="o-", capsize=3, label=name)
     axes.set(xscale="log", xlabel=xlabel, ylabel=ylabel)
+    sizes = sorted({x for points in series.values() for x, _ in points})
+    axes.set_xticks(sizes, [f"{size:,g}" for size in sizes])
+    axes.set_xticks([], minor=True)
     axes.grid(alpha=0.3)
     axes.legend()
     return figure

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from prism_trt.errors import PrismError
 
+_IN_THE_WAY = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -24,7 +25,8 @@ def writing(path: Path) -> Iterator[None]:
     (which hides it altogether).
 
     Raises:
-        PrismError: the disk or quota is full, the file system is read-only or denies access, or the device fails.
+        PrismError: the disk or quota is full, the file system is read-only or denies access, a file lies where a
+            directory is needed or the other way round, or the device fails.
     """
     try:
         yield
@@ -32,10 +34,11 @@ def writing(path: Path) -> Iterator[None]:
         number = _error_number(error)
         if number is None:
             raise
+        said = f"cannot write {path} ({os.strerror(number)})"
+        if number in _IN_THE_WAY:
+            raise PrismError(f"{said}: choose another path, or move what is there out of the way") from None
         fix = "free space or write to a larger disk" if number in _FULL else "check the disk and its permissions"
-        raise PrismError(
-            f"cannot write {path} ({os.strerror(number)}): {fix}, then run the same command again to go on"
-        ) from None
+        raise PrismError(f"{said}: {fix}, then run the same command again to go on") from None
 
 
 def _error_number(error: Exception) -> int | None:

@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from importlib import import_module
+from itertools import dropwhile
 from pathlib import Path
 
 import pytest
@@ -92,7 +93,8 @@ def test_commands_parse(page: str, line: str) -> None:
         module = MODULES.get(found[0])
         parse(import_module(module).app() if module else load(found[0]), found[1])
     else:
-        first = shlex.split(line, comments=True)[:1]
+        words = shlex.split(line, comments=True)
+        first = list(dropwhile(re.compile(r"[A-Z_]+=").match, words))[:1]  # past a command's environment
         known = ("pip", "python", "cd", "curl", "docker", "kubectl", "tensorboard", ".ci/run", "prism-trt", "git", ".")
         ours = bool(first) and first[0].startswith("scripts/") and (ROOT / first[0]).is_file()
         assert not first or ours or first[0] in known, f"{page}: {line}"

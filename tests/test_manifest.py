@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from pathlib import Path
@@ -12,6 +13,8 @@ from prism_trt.errors import PrismError
 from prism_trt.manifest import (
     atomic_directory,
     atomic_file,
+    has_any,
+    has_only,
     read_manifest,
     sha256_file,
     sha256_json,
@@ -106,13 +109,16 @@ def test_absent_directory_and_absent_manifest_are_refused(tmp_path: Path) -> Non
         read_manifest(tmp_path, "thing.json", "thing")
 
 
+OURS = has_only("old", "new")
+
+
 def test_atomic_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     out = tmp_path / "new" / "out"
-    with pytest.raises(ValueError, match="boom"), atomic_directory(out) as temporary:
+    with pytest.raises(ValueError, match="boom"), atomic_directory(out, False, OURS) as temporary:
         (temporary / "half").write_text("x")
         raise ValueError("boom")
     assert not out.exists()
-    with atomic_directory(out) as temporary:
+    with atomic_directory(out, False, OURS) as temporary:
         (temporary / "file").write_text("1")
         assert not out.exists()
     assert [path.name for path in out.parent.iterdir()] == ["out"]
@@ -122,21 +128,48 @@ def test_atomic_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 
 def test_atomic_directory_replaces_only_when_told(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with atomic_directory(out) as temporary:
+    with atomic_directory(out, False, OURS) as temporary:
         (temporary / "old").write_text("old")
-    with pytest.raises(PrismError, match="already exists"), atomic_directory(out):
+    with pytest.raises(PrismError, match="already exists"), atomic_directory(out, False, OURS):
         raise AssertionError("must not run")
-    with atomic_directory(out, overwrite=True) as temporary:
+    with atomic_directory(out, True, OURS) as temporary:
         (temporary / "new").write_text("new")
         assert (out / "old").read_text() == "old"
     assert [path.name for path in out.iterdir()] == ["new"]
 
 
+def test_atomic_directory_replaces_only_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_text("old")
+    (out / "precious").write_text("kept")
+    with pytest.raises(PrismError, match="out holds something else"), atomic_directory(out, True, OURS):
+        raise AssertionError("must not run")
+    with atomic_directory(out, True, has_any("absent", "old")):
+        pass
+    assert not any(out.iterdir())
+    monkeypatch.chdir(out)
+    for here in (Path(), out, tmp_path):
+        with (
+            pytest.raises(PrismError, match="is the current directory or holds it"),
+            atomic_directory(here, True, lambda _: True),
+        ):
+            raise AssertionError("must not run")
+
+
+def test_everybody_may_read_an_atomic_directory(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with atomic_directory(out, False, OURS) as temporary:
+        (temporary / "inner").mkdir(mode=0o700)
+        (temporary / "inner" / "weights").touch(mode=0o600)
+    assert [(out / name).stat().st_mode & 0o777 for name in (".", "inner", "inner/weights")] == [0o755, 0o755, 0o644]
+
+
 def test_atomic_directory_keeps_the_old_one_when_the_block_fails(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with atomic_directory(out) as temporary:
+    with atomic_directory(out, False, OURS) as temporary:
         (temporary / "old").write_text("old")
-    with pytest.raises(KeyError), atomic_directory(out, overwrite=True):
+    with pytest.raises(KeyError), atomic_directory(out, True, OURS):
         raise KeyError("boom")
     assert (out / "old").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -153,3 +186,35 @@ def test_atomic_file_replaces_or_leaves_alone(tmp_path: Path) -> None:
     assert path.read_text() == "one"
     assert path.stat().st_mode & 0o777 == 0o644
     assert [entry.name for entry in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_a_full_disk_keeps_the_manifest_that_was_there(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (artifact / "thing.json").read_text()
+
+    def full(path: Path, text: str) -> None:
+        path.write_bytes(text[:9].encode())
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(PrismError, match=r"cannot write .*thing\.json \(No space left on device\): free space"):
+        write_manifest(artifact, "thing.json", "thing", {"colour": "red"})
+    assert (artifact / "thing.json").read_text() == before
+    out = artifact.parent / "out"
+    with (
+        pytest.raises(PrismError, match=r"^cannot write \S+/out/thing\.json "),
+        atomic_directory(out, False, OURS) as temporary,
+    ):
+        write_manifest(temporary, "thing.json", "thing", {})
+    assert [path.name for path in artifact.parent.iterdir()] == ["artifact"]
+
+
+def test_a_file_above_the_path_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file" / "out", tmp_path / "file" / "deep" / "out"):
+        with pytest.raises(PrismError, match=r"file is a file, so \S+out cannot be written"), atomic_file(path):
+            raise AssertionError("must not run")
+        with (
+            pytest.raises(PrismError, match=r"file is a file, so \S+out cannot be written"),
+            atomic_directory(path, False, OURS),
+        ):
+            raise AssertionError("must not run")

@@ -21,6 +21,10 @@ from prism_trt.bench.runner import count_answers, environment, run_bench
 from prism_trt.config import TreeShape, parse
 from prism_trt.engines.loading import load_engine_tokenizer
 from prism_trt.progress import Reporter, progress
+from prism_trt.storage import writing
+
+_FILE_WIDTH = 160
+"""Columns of a table that goes to a file or a pipe, which have no width: numbers must not be cut."""
 
 
 def app() -> typer.Typer:
@@ -84,6 +88,9 @@ def bench(
     Interrupt at any time; the same command continues. Exits with 1 when greedy outputs differ from those without
     drafting, after writing the result.
     """
+    for path in filter(None, (json_path, markdown, plots and plots / "plot.png")):
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
     chosen = load_questions([*questions, *(more_questions or [])], per_set, skip_first)
     shapes = tuple(TreeShape.parse(text) for text in tree or ())
     paths = read_methods(engine)
@@ -91,8 +98,8 @@ def bench(
     settings = parse(
         BenchSettings,
         {
-            "trees": shapes or (default_tree(methods),),
-            "temperatures": tuple(temperature or (0.0,)),
+            "trees": tuple(dict.fromkeys(shapes)) or (default_tree(methods),),
+            "temperatures": tuple(dict.fromkeys(temperature or (0.0,))),
             "max_new_tokens": max_new_tokens,
             "batch": batch,
             "replay": replay,
@@ -107,6 +114,8 @@ def bench(
     journal = Journal(journal_path(json_path), head)
     left = [question for index, question in enumerate(chosen) if index not in journal.finished]
     console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = max(console.width, _FILE_WIDTH)
     if journal.finished:
         console.print(f"{len(journal.finished)} of {len(chosen)} questions were answered earlier")
     total = count_answers(methods, left, settings)

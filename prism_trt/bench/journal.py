@@ -14,6 +14,7 @@ from prism_trt.bench.results import BenchSettings, Environment, MethodInfo, Ques
 from prism_trt.config import StrictModel
 from prism_trt.errors import PrismError
 from prism_trt.manifest import sha256_json
+from prism_trt.storage import writing
 
 
 class JournalHead(StrictModel):
@@ -61,37 +62,37 @@ class Journal:
         self._path = path
         self._head = head
         self.finished: dict[int, QuestionRecord] = {}
-        whole = _whole_lines(path)
-        if not whole:
+        if not path.exists():
             return
-        try:
-            found = JournalHead.model_validate_json(whole[0])
-            entries = [JournalEntry.model_validate_json(line) for line in whole[1:]]
-        except ValidationError:
-            raise PrismError(f"{path} is damaged: delete it to start the run afresh") from None
-        if found != head:
-            raise PrismError(
-                f"{path} belongs to an unfinished run with other settings, engines, questions or versions: "
-                "repeat that run's command, choose another --json, or delete the file"
-            )
-        self.finished = {entry.index: entry.record for entry in entries}
-        os.truncate(path, sum(len(line) + 1 for line in whole))
+        first, *others = path.read_bytes().split(b"\n")[:-1] or [b""]
+        if first:
+            self.finished = _entries(path, first, others, head)
+        os.truncate(path, sum(len(line) + 1 for line in (first, *others)) if others else 0)
 
     def add(self, index: int, record: QuestionRecord | None) -> None:
         """Append a finished question; nothing is kept of one that was skipped (None)."""
         if record is None:
             return
-        if not self.finished:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.write_text(self._head.model_dump_json() + "\n", encoding="utf-8")
+        lines = [] if self.finished else [self._head.model_dump_json()]
+        lines.append(JournalEntry(index=index, record=record).model_dump_json())
+        with writing(self._path), self._path.open("a", encoding="utf-8") as file:
+            file.write("".join(f"{line}\n" for line in lines))
         self.finished[index] = record
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(JournalEntry(index=index, record=record).model_dump_json() + "\n")
 
     def remove(self) -> None:
         """Delete the file, once the result is written."""
         self._path.unlink(missing_ok=True)
 
 
-def _whole_lines(path: Path) -> list[bytes]:
-    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+def _entries(path: Path, first: bytes, others: Sequence[bytes], head: JournalHead) -> dict[int, QuestionRecord]:
+    try:
+        found = JournalHead.model_validate_json(first)
+        entries = [JournalEntry.model_validate_json(line) for line in others]
+    except ValidationError:
+        raise PrismError(f"{path} is damaged: delete it to start the run afresh") from None
+    if found != head:
+        raise PrismError(
+            f"{path} belongs to an unfinished run with other settings, engines, questions or versions: "
+            "repeat that run's command, choose another --json, or delete the file"
+        )
+    return {entry.index: entry.record for entry in entries}

@@ -47,7 +47,7 @@ def parse_questions(text: str, name: str, source: str) -> list[Question]:
     """
     questions: list[Question] = []
     seen: set[int | str] = set()
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -59,6 +59,10 @@ def parse_questions(text: str, name: str, source: str) -> list[Question]:
             raise PrismError(f"{source} line {number}: {reason}; correct the line or remove it") from None
         except ValueError as error:
             raise PrismError(f"{source} line {number} is not valid JSON ({error}): correct it or remove it") from None
+        except RecursionError:
+            raise PrismError(f"{source} line {number} is nested too deeply: correct it or remove it") from None
+        if any("\ud800" <= character <= "\udfff" for turn in parsed.turns for character in turn):
+            raise PrismError(f"{source} line {number} holds half a character (a lone surrogate): correct the text")
         if not all(turn.strip() for turn in parsed.turns):
             raise PrismError(f"{source} line {number} has an empty turn: write the user's message or remove the line")
         if parsed.question_id in seen:
@@ -85,7 +89,7 @@ def load_questions(paths: Sequence[Path], per_set: int | None = None, skip_first
             raise PrismError(f"{path} and {origin[name]} are both set {name!r}: rename one of the files")
         origin[name] = path
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
         except OSError as error:
             raise PrismError(f"cannot read questions from {path}: {error.strerror}") from None
         except UnicodeDecodeError:

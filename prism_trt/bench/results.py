@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -18,13 +18,13 @@ class BenchSettings(StrictModel):
     """What is run."""
 
     trees: tuple[TreeShape, ...] = Field(min_length=1)
-    temperatures: tuple[float, ...] = Field((0.0,), min_length=1)
+    temperatures: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = Field((0.0,), min_length=1)
     max_new_tokens: int = Field(128, ge=2)
     batch: int = Field(1, ge=1, description="questions answered at a time; times are measured only when it is 1")
     replay: bool = Field(
         False, description="drafts follow vanilla's answers without verification passes; only acceptance is measured"
     )
-    seed: int = Field(0, ge=0, description="seed of the samplers and of the bootstrap")
+    seed: int = Field(0, ge=0, lt=2**62, description="seed of the samplers and of the bootstrap")
     repeats: int = Field(1, ge=1, description="answers per question; a sampler's seed grows by 1 with each")
     reference: str | None = Field(None, description="method that the others are compared with")
     bootstrap_samples: int = Field(2000, ge=1)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from prism_trt.build.bundle import BUNDLED_RUNTIME, BundleManifest, bundled_quantization, read_bundle, write_bundle
+from prism_trt.build.bundle import MANIFEST as BUNDLE_MANIFEST
 from prism_trt.build.cuda import write_cuda_engine
 from prism_trt.build.gpu import compiles_here, gpu_limits, import_tensorrt, write_gpu_engine
 from prism_trt.build.latency import measure
@@ -33,7 +34,7 @@ from prism_trt.engines.protocol import Engine, EngineLimits
 from prism_trt.engines.tensorrt.files import KERNELS
 from prism_trt.engines.torch_engine import TorchEngine
 from prism_trt.errors import PrismError
-from prism_trt.manifest import atomic_directory, sha256_file, write_manifest
+from prism_trt.manifest import atomic_directory, has_any, sha256_file, write_manifest
 from prism_trt.quantize.quantization import quantize
 from prism_trt.quantize.report import Quantized
 from prism_trt.quantize.scales import Quantization
@@ -88,7 +89,7 @@ def build_engine(
         raise PrismError(
             f"profile {profile} computes in {' or '.join(settings.dtypes)}, not in {dtype}: pass one of them as --dtype"
         )
-    with atomic_directory(out, overwrite) as directory:
+    with atomic_directory(out, overwrite, has_any(ENGINE_MANIFEST, BUNDLE_MANIFEST)) as directory:
         of_target, of_drafter = _weight_types(settings, dtype, quantization)
         model = load_target(target, of_target)
         draft = load_drafter(drafter, model, of_drafter) if drafter is not None else None

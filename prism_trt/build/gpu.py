@@ -87,7 +87,6 @@ def write_gpu_engine(plan: BuildPlan, settings: GpuProfile, limits: NetworkLimit
         save_scales(plan.quantized.scales, plan.directory)
     if plan.drafter is not None and plan.drafter.draft_vocab is not None:
         save_file({"draft_vocab": plan.drafter.draft_vocab.to(torch.int32)}, plan.directory / DRAFT_VOCAB)
-        (plan.directory / DRAFT_VOCAB).chmod(0o644)
     return {
         "runtime": settings.runtime,
         "dtype": str(dtype).removeprefix("torch."),

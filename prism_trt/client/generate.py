@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import queue
 import time
 import uuid
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +16,14 @@ import numpy as np
 import tritonclient.grpc as grpcclient
 from tritonclient.utils import InferenceServerException
 
+from prism_trt.client.limits import INT32, UINT64, check_integer, check_seconds, check_text
 from prism_trt.deploy.interface import parse_error
 from prism_trt.errors import PrismError
 
 _CONNECT_SECONDS = 10.0
 END_SECONDS = 10.0
 """Longest wait for the end of a request that is stopped, which should take no more than a round."""
+_FLOAT32 = np.finfo(np.float32)
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class Options:
     model: str = "prism"
     max_tokens: int = 256
     stream: bool = True
+    """Yield the answer piece by piece as it is made, rather than in one piece."""
     chat: bool = True
     """Wrap the prompt in the model's chat template."""
     temperature: float | None = None
@@ -41,7 +46,7 @@ class Options:
     user: str = ""
     """Users share the server fairly."""
     timeout: float = 120.0
-    """Longest wait for the next piece of text, in seconds."""
+    """Longest silence of the server, in seconds; an answer may take longer, in one piece as well."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +84,29 @@ def stream_generate(url: str, prompt: str, options: Options | None = None) -> Ge
     Closing the iterator early, as any exception does, stops the request on the server.
 
     Raises:
-        PrismError: the server cannot be reached, refuses the request, or is silent for `options.timeout` seconds.
+        PrismError: the request cannot be sent; the server cannot be reached, refuses the request, or is silent for
+            `options.timeout` seconds.
     """
     options = options or Options()
+    with closing(_pieces(url, prompt, options)) as pieces:
+        if options.stream:
+            yield from pieces
+        else:
+            yield _whole(pieces)
+
+
+def _whole(pieces: Iterable[Chunk]) -> Chunk:
+    """All pieces of an answer as one."""
+    chunks = list(pieces)
+    log_probs = tuple(entry for chunk in chunks for entry in chunk.log_probs)
+    return Chunk("".join(chunk.text for chunk in chunks), chunks[-1].statistics, log_probs)
+
+
+def _pieces(url: str, prompt: str, options: Options) -> Generator[Chunk, None, None]:
+    inputs = request_inputs(prompt, options)
+    check_seconds("timeout", options.timeout)
+    check_text("the model's name", options.model)
+    check_text("the server's address", url)
     request_id = uuid.uuid4().hex
     responses: queue.Queue[tuple[grpcclient.InferResult | None, InferenceServerException | None]] = queue.Queue()
     try:
@@ -92,7 +117,7 @@ def stream_generate(url: str, prompt: str, options: Options | None = None) -> Ge
     try:
         _check_server(client, url)
         client.start_stream(lambda result, error: responses.put((result, error)))
-        client.async_stream_infer(options.model, request_inputs(prompt, options), request_id=request_id)
+        client.async_stream_infer(options.model, inputs, request_id=request_id)
         running = True
         while True:
             try:
@@ -144,29 +169,53 @@ def _check_server(client: grpcclient.InferenceServerClient, url: str) -> None:
 
 
 def request_inputs(prompt: str, options: Options) -> list[grpcclient.InferInput]:
-    """The server's input tensors of a request."""
+    """The server's input tensors of a request.
+
+    It is always streamed, so that silence means that no token is made.
+
+    Raises:
+        PrismError: something cannot be sent.
+    """
+    for name, text in {"the prompt": prompt, "the user's name": options.user}.items():
+        check_text(name, text)
+    for word in options.stop:
+        check_text("a stop word", word)
     values: dict[str, tuple[str, np.ndarray]] = {
         "text_input": ("BYTES", np.array([[prompt.encode()]], dtype=np.object_)),
-        "max_tokens": ("INT32", np.array([[options.max_tokens]], dtype=np.int32)),
-        "stream": ("BOOL", np.array([[options.stream]])),
+        "max_tokens": ("INT32", _int32("max_tokens", options.max_tokens)),
+        "stream": ("BOOL", np.array([[True]])),
         "chat": ("BOOL", np.array([[options.chat]])),
         "exclude_input_in_output": ("BOOL", np.array([[True]])),
     }
     if options.temperature is not None:
-        values["temperature"] = ("FP32", np.array([[options.temperature]], dtype=np.float32))
+        values["temperature"] = ("FP32", _float32(options.temperature))
     if options.top_k is not None:
-        values["top_k"] = ("INT32", np.array([[options.top_k]], dtype=np.int32))
+        values["top_k"] = ("INT32", _int32("top_k", options.top_k))
     if options.top_p is not None:
-        values["top_p"] = ("FP32", np.array([[options.top_p]], dtype=np.float32))
+        values["top_p"] = ("FP32", _float32(options.top_p))
     if options.seed is not None:
+        check_integer("seed", options.seed, UINT64)
         values["seed"] = ("UINT64", np.array([[options.seed]], dtype=np.uint64))
     if options.stop:
         values["stop_words"] = ("BYTES", np.array([[word.encode() for word in options.stop]], dtype=np.object_))
     if options.log_probs is not None:
-        values["top_log_probs"] = ("INT32", np.array([[options.log_probs]], dtype=np.int32))
+        values["top_log_probs"] = ("INT32", _int32("log_probs", options.log_probs))
     if options.user:
         values["user"] = ("BYTES", np.array([[options.user.encode()]], dtype=np.object_))
     return _tensors(values)
+
+
+def _int32(name: str, value: int) -> np.ndarray:
+    check_integer(name, value, INT32)
+    return np.array([[value]], dtype=np.int32)
+
+
+def _float32(value: float) -> np.ndarray:
+    """The nearest float32 that is neither 0, which can mean "not set", nor infinite, unless `value` is."""
+    if value and math.isfinite(value):
+        size = min(max(abs(value), float(_FLOAT32.tiny)), float(_FLOAT32.max))
+        value = math.copysign(size, value)
+    return np.array([[value]], dtype=np.float32)
 
 
 def stop_inputs() -> list[grpcclient.InferInput]:

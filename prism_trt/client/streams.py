@@ -29,13 +29,13 @@ class ResponseStream:
         client: sends it.
         model: name of the served model.
         inputs: the request's tensors.
-        request_id: no other open request may have it; None: a random one.
+        name: what the request's id begins with. The rest is random: a server stops requests by their id, so
+            nobody else may have it or guess it.
     """
 
-    def __init__(
-        self, client: InferenceServerClient, model: str, inputs: list[InferInput], request_id: str | None = None
-    ) -> None:
-        self._request = {"model_name": model, "inputs": inputs, "request_id": request_id or uuid.uuid4().hex}
+    def __init__(self, client: InferenceServerClient, model: str, inputs: list[InferInput], name: str = "") -> None:
+        request_id = f"{name}-{uuid.uuid4().hex}" if name else uuid.uuid4().hex
+        self._request = {"model_name": model, "inputs": inputs, "request_id": request_id}
         self._stop: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._call: Any = client.stream_infer(self._requests())
         self._answered = False

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from prism_trt.data.records import Message
 from prism_trt.errors import PrismError
-from prism_trt.target.tokenizer import Tokenizer
+from prism_trt.target.tokenizer import TRAINING_DATE, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ def mask_answers(messages: Sequence[Message], tokenizer: Tokenizer) -> MaskedCon
         PrismError: the rendering of a beginning is not the beginning of the rendering, in text or in tokens, so that
             the mask would not be what the target sees; or there is no answer, or the template leaves it out.
     """
+    tokenizer = tokenizer.dated(TRAINING_DATE)
     text = tokenizer.render_chat(messages, add_generation_prompt=False)
     tokens = tokenizer.encode(text, add_special_tokens=False)
 

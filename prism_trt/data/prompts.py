@@ -18,7 +18,7 @@ from prism_trt.data.turns import planned_prompts
 from prism_trt.errors import PrismError
 from prism_trt.manifest import sha256_file
 from prism_trt.progress import track
-from prism_trt.target.tokenizer import Tokenizer
+from prism_trt.target.tokenizer import TRAINING_DATE, Tokenizer
 
 
 class PromptConfig(StrictModel):
@@ -95,10 +95,13 @@ def prepare_prompts(
 def tokenize_prompts(conversations: Iterable[Sequence[Message]], tokenizer: Tokenizer, max_tokens: int) -> PromptSet:
     """Render conversations with the chat template and its generation prompt; drop long ones and repetitions.
 
+    A template that prints the date prints `TRAINING_DATE`, so that the same file gives the same prompts on every day.
+
     Raises:
         PrismError: no prompt is left, or the tokenizer has no chat template or one without the generation prompt that
             it needs.
     """
+    tokenizer = tokenizer.dated(TRAINING_DATE)
     require_generation_prompt(tokenizer)
     kept: dict[tuple[int, ...], None] = {}
     too_long = duplicates = 0

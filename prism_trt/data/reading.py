@@ -69,6 +69,8 @@ def read_records(path: Path) -> Records:
 def _values(path: Path) -> Iterator[tuple[str, object]]:
     """Each JSON value of the file and where it is."""
     try:
+        if path.exists() and not path.is_file():
+            raise PrismError(f"{path} is not a regular file, but data is read several times: pass the path of a file")
         with path.open(encoding="utf-8-sig") as file:
             first = next((line for line in file if line.strip()), "")
             file.seek(0)
@@ -79,7 +81,7 @@ def _values(path: Path) -> Iterator[tuple[str, object]]:
                 if line.strip():
                     yield f"line {number}", _parse(path, f"line {number}", line)
     except OSError as error:
-        raise PrismError(f"cannot read {path}: {error.strerror}") from None
+        raise PrismError(f"cannot read {path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise PrismError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
 

@@ -10,11 +10,13 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -24,13 +26,14 @@ from prism_trt.data.feature_cache import KIND, MANIFEST_FILE, shard_path, write_
 from prism_trt.data.sequences import FeatureSequence
 from prism_trt.engines.protocol import Engine
 from prism_trt.errors import PrismError
-from prism_trt.manifest import atomic_file, read_manifest, sha256_json, write_manifest
+from prism_trt.manifest import atomic_file, nearest_existing, read_manifest, sha256_json, write_manifest
 from prism_trt.speculative.decoder import Decoder, Request
 from prism_trt.speculative.sampling import SamplingParams
 from prism_trt.target.loading import Target
 
 PLAN_FILE = "plan.json"
 SHARD_PROMPTS = 256
+_SHARDS = "shard-*.safetensors"
 
 
 @dataclass(frozen=True)
@@ -74,22 +77,34 @@ class GenerationPlan:
             "settings": self.settings.model_dump(),
         }
 
+    def first(self, answers: int | None) -> dict[int, list[int]]:
+        """By shard, the indices of the prompts that are asked for `answers` answers (all when None)."""
+        count = len(self.prompts) if answers is None else min(answers, len(self.prompts))
+        indices = first_answers(np.arange(len(self.prompts)), count, self.settings.answer_seed).tolist()
+        return {shard: list(group) for shard, group in groupby(indices, lambda index: index // SHARD_PROMPTS)}
+
     def shards(self, answers: int | None) -> int:
-        """Shards that hold the first `answers` prompts (all when None)."""
-        wanted = len(self.prompts) if answers is None else min(answers, len(self.prompts))
-        return -(-wanted // SHARD_PROMPTS)
+        """Shards that hold `answers` answers (all when None)."""
+        return len(self.first(answers))
 
-    def shard_prompts(self, shard: int) -> range:
-        """Indices of the prompts of a shard."""
-        return range(shard * SHARD_PROMPTS, min((shard + 1) * SHARD_PROMPTS, len(self.prompts)))
-
-    def largest_bytes(self, shards: range) -> int:
-        """Size of `shards` if every answer has full length."""
+    def largest_bytes(self, shards: Iterable[int], answers: int | None = None) -> int:
+        """Size of `shards` in a cache of `answers` answers (all when None) if each one has full length."""
         bytes_per_token = 4 + 2 * self.feature_size
-        tokens = sum(
-            len(self.prompts[i]) + self.settings.max_new_tokens for shard in shards for i in self.shard_prompts(shard)
-        )
+        first = self.first(answers)
+        tokens = sum(len(self.prompts[i]) + self.settings.max_new_tokens for shard in shards for i in first[shard])
         return tokens * bytes_per_token
+
+
+def first_answers(answers: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """The first `count` of `answers`, which are in the order of a cache: whole shards, then a part of the next one.
+
+    Shards are sorted by the length of their prompts, so the part is drawn by `seed` instead of cut off. A larger
+    `count` keeps what a smaller one chooses.
+    """
+    whole = count - count % SHARD_PROMPTS
+    next_shard = answers[whole : whole + SHARD_PROMPTS]
+    drawn = np.random.default_rng(seed).permutation(len(next_shard))[: count - whole]
+    return np.concatenate([answers[:whole], next_shard[np.sort(drawn)]])
 
 
 def plan_generation(
@@ -111,11 +126,27 @@ def plan_generation(
 
 
 def planned_layers(directory: Path) -> tuple[int, ...]:
-    """Numbers of the hidden states that the cache begun in `directory` keeps; empty when there is none."""
+    """Numbers of the hidden states that the answers in `directory` have; empty when there are none."""
+    if not _has_answers(Path(directory)):
+        return ()
     try:
         return tuple(json.loads((Path(directory) / PLAN_FILE).read_text())["feature_layers"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return ()
+
+
+def missing_answers(plan: GenerationPlan, directory: Path, answers: int | None = None) -> dict[int, list[int]]:
+    """By shard, the indices of the prompts that `regenerate` would ask. Nothing is written.
+
+    Raises:
+        PrismError: `directory` is a file or holds something else, or a cache of another plan.
+    """
+    _require_place(Path(directory), plan.identity)
+    return {
+        shard: indices
+        for shard, indices in plan.first(answers).items()
+        if not _is_complete(shard_path(directory, shard), len(indices))
+    }
 
 
 def regenerate(
@@ -126,27 +157,28 @@ def regenerate(
     announce: Callable[[str], None] = lambda message: None,
     listener: Callable[[GenerationProgress], None] = lambda progress: None,
 ) -> None:
-    """Fill `directory` with the answers to the first `answers` prompts of `plan` (rounded up to whole shards).
+    """Fill `directory` with the answers to `answers` prompts of `plan`.
 
     Finished shards are kept, so the same call continues where an interrupted one stopped, and a larger `answers`
-    extends a complete cache. The answer to a prompt does not depend on when or with which others it is generated,
-    except for rounding differences between batch shapes if the engine has any.
+    extends a complete cache (its last shard is generated again if it was not whole). The answer to a prompt does not
+    depend on when or with which others it is generated, except for rounding differences between batch shapes if the
+    engine has any.
 
     Args:
         open_engine: makes an engine for the plan's target; called only when something is missing.
         announce: told the size before anything is written, and the counts at the end.
 
     Raises:
-        PrismError: `directory` holds a cache of other prompts, settings or another target; the disk is too small; or
-            the engine's context cannot hold prompt and answer.
+        PrismError: `directory` is a file or holds something else, or a cache of other prompts, settings or another
+            target; the disk is too small; the engine's context cannot hold prompt and answer; or no answer is usable.
     """
     directory = Path(directory)
-    _claim(directory, plan.identity)
-    shards = range(plan.shards(answers))
-    missing = [shard for shard in shards if not _is_complete(shard_path(directory, shard), plan, shard)]
+    missing = missing_answers(plan, directory, answers)
+    for path in _unfinished(directory):
+        path.unlink(missing_ok=True)
     if missing:
-        need = sum(plan.largest_bytes(range(shard, shard + 1)) for shard in missing)
-        free = shutil.disk_usage(directory).free
+        need = plan.largest_bytes(missing, answers)
+        free = shutil.disk_usage(nearest_existing(directory)).free
         announce(f"the feature cache grows by at most {need / 1e9:.2f} GB in {directory} ({free / 1e9:.1f} GB free)")
         if need > free:
             raise PrismError(
@@ -160,8 +192,10 @@ def regenerate(
                 f"the engine holds {engine.limits.context} tokens per sequence but prompt and answer may need "
                 f"{longest}: lower --max-prompt-tokens or --max-new-tokens"
             )
+        with atomic_file(directory / PLAN_FILE) as temporary:
+            temporary.write_text(json.dumps(plan.identity, indent=2) + "\n")
         (directory / MANIFEST_FILE).unlink(missing_ok=True)
-        _answer(plan, engine, directory, missing, len(shards), listener)
+        _answer(plan, engine, directory, plan.first(answers), missing, listener)
     if not _is_sealed(directory):
         _seal(plan, directory)
     counts = read_manifest(directory, MANIFEST_FILE, KIND)["counts"]
@@ -171,36 +205,69 @@ def regenerate(
     )
 
 
-def _claim(directory: Path, identity: dict[str, Any]) -> None:
-    """Write the plan's identity to an empty directory, or compare it with the one there."""
-    directory.mkdir(parents=True, exist_ok=True)
+def _has_answers(directory: Path) -> bool:
+    """Whether a shard is finished."""
+    return any(directory.glob(_SHARDS))
+
+
+def _unfinished(directory: Path) -> set[Path]:
+    """What `atomic_file` left in a cache when a process was killed."""
+    names = (f".{PLAN_FILE}.*", f".{MANIFEST_FILE}.*", f".{_SHARDS}.*")
+    return {path for name in names for path in directory.glob(name)}
+
+
+def _require_place(directory: Path, identity: dict[str, Any]) -> None:
+    """Require that `directory` is new or empty, or holds a cache that has this identity or no answers yet."""
+    place = nearest_existing(directory)
+    if not place.is_dir():
+        raise PrismError(f"{place} is a file: pass an empty or new directory as --cache")
+    if not directory.is_dir() or set(directory.iterdir()) <= _unfinished(directory):
+        return
     path = directory / PLAN_FILE
     if not path.is_file():
-        if any(directory.iterdir()):
-            raise PrismError(
-                f"{directory} is not empty and not a feature cache: pass an empty or new directory as --cache"
-            )
-        with atomic_file(path) as temporary:
-            temporary.write_text(json.dumps(identity, indent=2) + "\n")
+        raise PrismError(f"{directory} is not empty and not a feature cache: pass an empty or new directory as --cache")
+    if not _has_answers(directory):
         return
     try:
-        found = json.loads(path.read_text())
-    except ValueError:
+        found = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):
         raise PrismError(f"{path} is damaged: delete {directory} and generate the cache again") from None
-    different = sorted(key for key in set(found) | set(identity) if found.get(key) != identity.get(key))
+    if difference := _difference(found, identity):
+        raise PrismError(f"{directory} holds a feature cache {difference}, or another --cache")
+
+
+def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str | None:
+    """What sets the cache `found` apart and which options go with it, the most telling first; None if nothing does."""
+    different = {key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key)}
+    if "tokenizer_fingerprint" in different:
+        return "of another target, tokenizer or chat template: pass the --target that answered"
+    if "target_fingerprint" in different:
+        return "of another target: pass the --target that answered"
+    if "feature_layers" in different and not found.get("feature_layers"):
+        return "of tokens only, as --online keeps it: pass --online"
+    if "feature_layers" in different or "feature_size" in different:
+        states = f"the hidden states {found.get('feature_layers')} instead of {wanted['feature_layers']}"
+        return f"with {states}: pass the same --features as before"
+    if "settings" in different:
+        before, now = found.get("settings") or {}, wanted["settings"]
+        name = next((name for name in now if before.get(name) != now[name]), None)
+        if name is not None:
+            option = f"--{name.replace('_', '-')}"
+            return f"with {option} {before.get(name)} instead of {now[name]}: pass {option} {before.get(name)}"
+    if {"prompts", "prompts_sha256"} & different:
+        return "of other prompts: pass the same --data and the same options that choose prompts as before"
     if different:
-        raise PrismError(
-            f"{directory} holds a feature cache with another {different[0]}: pass the same target, data and generation "
-            "options as before, or another --cache"
-        )
+        return f"of another version of this program (another {min(different)}): use that version"
+    return None
 
 
-def _is_complete(path: Path, plan: GenerationPlan, shard: int) -> bool:
+def _is_complete(path: Path, answers: int) -> bool:
+    """Whether the shard holds so many answers, those left out included."""
     if not path.is_file():
         return False
     try:
         with safe_open(path, framework="pt") as file:
-            return bool((file.metadata() or {}).get("answered") == str(len(plan.shard_prompts(shard))))
+            return int((file.metadata() or {}).get("answered", 0)) >= answers
     except (OSError, SafetensorError):
         return False
 
@@ -209,14 +276,14 @@ def _answer(
     plan: GenerationPlan,
     engine: Engine,
     directory: Path,
-    missing: list[int],
-    shards: int,
+    wanted: Mapping[int, list[int]],
+    missing: Mapping[int, list[int]],
     listener: Callable[[GenerationProgress], None],
 ) -> None:
-    """Generate the `missing` shards, keeping the engine full across their borders."""
+    """Generate the `missing` ones of the shards `wanted`, keeping the engine full across their borders."""
     decoder = Decoder(engine, plan.target.tokenizer)
-    queue = [index for shard in missing for index in plan.shard_prompts(shard)]
-    total = sum(len(plan.shard_prompts(shard)) for shard in range(shards))
+    queue = [index for indices in missing.values() for index in indices]
+    total = sum(map(len, wanted.values()))
     answered, new_tokens, position = total - len(queue), 0, 0
     began = time.perf_counter()
     running: dict[int, int] = {}
@@ -240,7 +307,7 @@ def _answer(
             features = torch.empty(len(tokens) - 1, 0) if event.features is None else event.features
             done[shard][index] = _sequence(tokens, features, plan, index)
             answered += 1
-            if len(done[shard]) == len(plan.shard_prompts(shard)):
+            if len(done[shard]) == len(wanted[shard]):
                 _write(shard_path(directory, shard), done.pop(shard))
         listener(GenerationProgress(answered, total, new_tokens / (time.perf_counter() - began)))
 
@@ -271,21 +338,23 @@ def _sequence(tokens: list[int], features: Tensor, plan: GenerationPlan, index: 
 def _write(path: Path, sequences: dict[int, FeatureSequence]) -> None:
     """Write the answers of one shard that have a row to learn from, in the order of their prompts."""
     usable = [sequence for _, sequence in sorted(sequences.items()) if sequence.roots > 0]
-    write_shard(path, usable, {"answered": str(len(sequences)), "too_short": str(len(sequences) - len(usable))})
+    metadata = {"answered": str(len(sequences)), "too_short": str(len(sequences) - len(usable))}
+    write_shard(path, usable, metadata, next(iter(sequences.values())).features.shape[1])
 
 
 def _is_sealed(directory: Path) -> bool:
-    """Whether the manifest lists exactly the shards that are there."""
-    if not (directory / MANIFEST_FILE).is_file():
+    """Whether there is a sound manifest that lists exactly the shards that are there."""
+    try:
+        listed = read_manifest(directory, MANIFEST_FILE, KIND)["files"]
+    except PrismError:
         return False
-    listed = read_manifest(directory, MANIFEST_FILE, KIND)["files"]
-    return {path.name for path in directory.glob("shard-*.safetensors")} | {PLAN_FILE} == set(listed)
+    return {path.name for path in directory.glob(_SHARDS)} | {PLAN_FILE} == set(listed)
 
 
 def _seal(plan: GenerationPlan, directory: Path) -> None:
     """Write the manifest over all shards in `directory`."""
     counts = {"sequences": 0, "tokens": 0, "answer_tokens": 0, "greedy": 0, "too_short": 0}
-    for path in sorted(directory.glob("shard-*.safetensors")):
+    for path in sorted(directory.glob(_SHARDS)):
         with safe_open(path, framework="pt") as file:
             prompt_lengths, tokens = file.get_tensor("prompt_lengths"), len(file.get_tensor("tokens"))
             counts["sequences"] += len(prompt_lengths)

@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from prism_trt.deploy.admin import read_key
+from prism_trt.errors import PrismError
 from prism_trt.interrupts import outside_imports
 
 if TYPE_CHECKING:
     from prism_trt.deploy.server import TritonServer
     from prism_trt.deploy.supervisor import Supervision
+
+_LONGEST_SECONDS = 86400.0
 
 
 def app() -> typer.Typer:
@@ -58,6 +62,10 @@ def app() -> typer.Typer:
         ] = 60.0,
         restarts: Annotated[int, typer.Option(min=0, help="Replacements in a row of a server that fails.")] = 5,
         grace: Annotated[float, typer.Option(min=0, help="Seconds open requests get when the server stops.")] = 10.0,
+        admin_key_file: Annotated[
+            Path | None,
+            typer.Option(help="File with a key whose holders may unload and load the model.  [default: nobody may]"),
+        ] = None,
         log: Annotated[Path | None, typer.Option(help="File for the server's log.")] = None,
     ) -> None:
         """Write a model repository for an engine and, with --run, serve it on the loopback interface."""
@@ -76,11 +84,24 @@ def app() -> typer.Typer:
                 prefill_tokens=prefill_tokens,
                 prefix_cache=prefix_cache,
                 overwrite=overwrite,
+                reuse=run,
             )
             typer.echo(f"{repository}: model repository with the model {model}")
             return repository
 
+        _check_seconds({"--start-timeout": start_timeout, "--hang-timeout": hang_timeout, "--grace": grace})
+        _check_ports(
+            {
+                "--grpc-port": grpc_port,
+                "--http-port": http_port,
+                "--metrics-port": metrics_port,
+                "--readiness-port": readiness_port,
+            }
+        )
+        admin_key = read_key(admin_key_file) if admin_key_file else None
         if not run:
+            if admin_key:
+                raise PrismError("--admin-key-file is for a server: pass --run as well")
             write()
             return
         signals = _StopSignals()
@@ -99,6 +120,7 @@ def app() -> typer.Typer:
                 log=log,
                 start_timeout=start_timeout,
                 grace=grace,
+                admin_key=admin_key,
             )
             supervision = Supervision(canary_patience=hang_timeout / 3, hang_timeout=hang_timeout, restarts=restarts)
             _serve(server, supervision, readiness_port, signals)
@@ -108,6 +130,22 @@ def app() -> typer.Typer:
             signals.restore()
 
     return command
+
+
+def _check_seconds(seconds: dict[str, float]) -> None:
+    """Refuse what no clock can wait for."""
+    for option, value in seconds.items():
+        if not value <= _LONGEST_SECONDS:  # nor is nan
+            raise PrismError(f"{option} is {value:g}: name seconds, at most {_LONGEST_SECONDS:g}")
+
+
+def _check_ports(ports: dict[str, int]) -> None:
+    """Refuse options that name one port twice: Triton would answer with its help text."""
+    options: dict[int, str] = {}
+    for option, port in ports.items():
+        if other := options.get(port):
+            raise PrismError(f"{other} and {option} are both {port}: choose different ports")
+        options[port] = option
 
 
 class _Stop(BaseException):

@@ -1,11 +1,12 @@
 """The process between a launcher and its `tritonserver`: it outlives neither and leaves nothing behind.
 
-Run as a script (``python -I -S keeper.py PLAN``) by `prism_trt.deploy.server`; uses the standard library only, so that
+Run as a script (``python -I -S keeper.py``) by `prism_trt.deploy.server`, which writes the plan to its standard input:
+other users of the machine can read command lines, and the plan holds a key. It uses the standard library only, so that
 it starts in milliseconds. It ends the server, with every process below it, when
 
 - it gets SIGTERM (a second one skips the grace period) or SIGUSR1 (no grace period at all),
 - the launcher dies, however it dies,
-- a model process dies: Triton 2.51 would keep answering "ready" while open streams hang for ever.
+- a model process dies that was not unloaded: Triton 2.51 would keep answering "ready" while open streams hang for ever.
 
 Afterwards it removes the server's shared memory and its runtime directory. Should it be killed together with its
 launcher, the next start does so: the keeper holds the lock of the runtime directory for as long as it lives.
@@ -33,7 +34,7 @@ STOP_NOW = signal.SIGUSR1
 RUNTIME_VARIABLE = "PRISM_TRT_RUNTIME"
 """Environment variable with the runtime directory."""
 MODEL_PREFIX = "model-"
-"""A model process announces itself by creating ``<runtime>/model-<pid>``."""
+"""A model process announces itself by creating ``<runtime>/model-<pid>``, and removes that when it is unloaded."""
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _SCAN_MILLISECONDS = 500
@@ -114,8 +115,8 @@ class Keeper:
                 break
             if ended & {self.signals, self.parent_fd}:
                 break
-            if dead := ended & self.models.keys():
-                code = self._after_model_death(self.models[dead.pop()])
+            if dead := self._died(ended & self.models.keys()):
+                code = self._after_model_death(dead)
                 break
             self._watch_new_models()
         if code == STOPPED:
@@ -131,6 +132,19 @@ class Keeper:
                     fd = os.pidfd_open(int(file.name[len(MODEL_PREFIX) :]))
                     self.models[fd] = file.name
                     self.poller.register(fd, select.POLLIN)
+
+    def _died(self, ended: set[int]) -> str | None:
+        """The announcement of a model process that died; those that ended because they were unloaded are forgotten."""
+        for fd in ended:
+            if (self.runtime / self.models[fd]).exists():
+                return self.models[fd]
+            self._forget(fd)
+        return None
+
+    def _forget(self, fd: int) -> None:
+        self.poller.unregister(fd)
+        del self.models[fd]
+        os.close(fd)
 
     def _after_model_death(self, model: str) -> int:
         # A server that is stopping by itself ends its model processes first; one that loses a model may crash of that.
@@ -156,8 +170,7 @@ class Keeper:
             if ended & {self.signals, self.server_fd}:
                 return
             for fd in ended & self.models.keys():
-                self.poller.unregister(fd)
-                del self.models[fd]
+                self._forget(fd)
             if ended and not self.models:
                 # All requests are answered; the server itself would take another second or two.
                 deadline = min(deadline, time.monotonic() + _FLUSH_SECONDS)
@@ -177,10 +190,14 @@ class Keeper:
 
 
 def main() -> int:
-    """Read the plan from the first argument and keep."""
+    """Read the plan from standard input and keep."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     prctl(_PR_SET_CHILD_SUBREAPER, 1)
-    return Keeper(json.loads(sys.argv[1])).run()
+    plan = sys.stdin.read()
+    if not plan:  # the launcher died before it wrote it
+        remove_belongings(Path(os.environ[RUNTIME_VARIABLE]))
+        return STOPPED
+    return Keeper(json.loads(plan)).run()
 
 
 if __name__ == "__main__":

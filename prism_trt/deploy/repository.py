@@ -6,15 +6,16 @@ import json
 import os
 import re
 import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
 from prism_trt import __version__
 from prism_trt.config import TreeShape
 from prism_trt.deploy.interface import INPUTS, OUTPUTS, REQUIRED, Tensor
-from prism_trt.engines.manifest import read_engine_manifest
+from prism_trt.engines.manifest import ENGINE_KIND, ENGINE_MANIFEST, EngineManifest, read_engine_manifest
 from prism_trt.errors import PrismError
-from prism_trt.manifest import atomic_directory, read_manifest, write_manifest
+from prism_trt.manifest import atomic_directory, has_any, read_manifest, write_manifest
 
 MANIFEST = "repository.json"
 KIND = "model repository"
@@ -46,6 +47,7 @@ def write_repository(
     prefill_tokens: int | None = None,
     prefix_cache: bool = True,
     overwrite: bool = False,
+    reuse: bool = False,
 ) -> Path:
     """Write a model repository that serves `engine` at `out`; nothing appears at `out` unless all of it does.
 
@@ -66,12 +68,13 @@ def write_repository(
         prefix_cache: keep the K/V of ended requests for prompts that begin like them. The time to the first token then
             tells a client whether somebody has lately sent the same beginning.
         overwrite: replace an existing `out`.
+        reuse: leave `out` as it is when it is the intact repository that would be written.
 
     Returns:
         `out`.
 
     Raises:
-        PrismError: `engine` is not an intact engine, an argument is invalid, or `out` exists.
+        PrismError: `engine` is not an intact engine, an argument is invalid or not for this engine, or `out` exists.
     """
     engine = Path(engine)
     manifest = read_engine_manifest(engine)
@@ -89,6 +92,7 @@ def write_repository(
     ):
         if value is not None and value < least:
             raise PrismError(f"{name} must be at least {least}, not {value}")
+    _check_settings(engine, manifest, slots, threads)
     parameters = {
         "engine": ENGINE_DIRECTORY,
         "backlog": str(backlog),
@@ -104,12 +108,15 @@ def write_repository(
             if value is not None
         },
     }
-    with atomic_directory(out, overwrite) as temporary:
+    config = model_config(model_name, parameters)
+    if reuse and not overwrite and _holds(Path(out), engine, model_name, config):
+        return Path(out)
+    with atomic_directory(out, overwrite, has_any(MANIFEST)) as temporary:
         version = temporary / model_name / "1"
         version.mkdir(parents=True)
         shutil.copytree(engine, version / ENGINE_DIRECTORY, copy_function=_link_or_copy)
         (version / "model.py").write_text(_MODEL_PY)
-        (temporary / model_name / "config.pbtxt").write_text(model_config(model_name, parameters))
+        (temporary / model_name / "config.pbtxt").write_text(config)
         fields = {
             "model": model_name,
             "created_by": f"prism_trt {__version__}",
@@ -117,7 +124,47 @@ def write_repository(
             "parameters": parameters,
         }
         write_manifest(temporary, MANIFEST, KIND, fields)
+        _check_hashes(engine, version.relative_to(temporary) / ENGINE_DIRECTORY, read_repository(temporary))
     return Path(out)
+
+
+def _check_settings(engine: Path, manifest: EngineManifest, slots: int | None, threads: int | None) -> None:
+    """Refuse what the engine could not do, or would ignore."""
+    built = manifest.limits.slots
+    if slots is not None and slots > built:
+        raise PrismError(f"{engine} has {built} slots, not {slots}: ask for fewer or build it with --slots {slots}")
+    if slots is not None and slots != built and manifest.gpu is not None:
+        raise PrismError(f"{engine} always has its {built} slots: leave out --slots or build it with --slots {slots}")
+    if threads is not None and (manifest.gpu is not None or manifest.runtime == "torch-cuda"):
+        raise PrismError(f"{engine} computes on a GPU, not with threads of the processor: leave out --threads")
+
+
+def _holds(out: Path, engine: Path, model_name: str, config: str) -> bool:
+    """Whether `out` is an intact repository of `engine` with just this configuration.
+
+    As at every start, sizes show what is intact; an engine's manifest holds the hashes of its files.
+    """
+    model, version = out / model_name, out / model_name / "1"
+    try:
+        return (
+            read_repository(out)["model"] == model_name
+            and (model / "config.pbtxt").read_text() == config
+            and (version / "model.py").read_text() == _MODEL_PY
+            and (version / ENGINE_DIRECTORY / ENGINE_MANIFEST).read_bytes() == (engine / ENGINE_MANIFEST).read_bytes()
+        )
+    except (PrismError, OSError, UnicodeDecodeError):
+        return False
+
+
+def _check_hashes(engine: Path, place: Path, repository: dict[str, Any]) -> None:
+    """Compare what a repository's manifest says of the files of `engine`, below `place`, with what the engine's says.
+
+    Raises:
+        PrismError: a file is not what was built.
+    """
+    for file, built in read_manifest(engine, ENGINE_MANIFEST, ENGINE_KIND)["files"].items():
+        if repository["files"][str(place / file)]["sha256"] != built["sha256"]:
+            raise PrismError(f"{engine / file} is corrupted (its SHA-256 differs): build the {ENGINE_KIND} again")
 
 
 def read_repository(repository: Path) -> dict[str, Any]:
@@ -136,7 +183,8 @@ def model_config(model_name: str, parameters: dict[str, str]) -> str:
     """The text of ``config.pbtxt``; complete, so that Triton need not run the model to complete it.
 
     Requests are handed over one by one, because all of a batch fail when a string of one of them is broken. It is the
-    scheduler behind them that runs them together.
+    scheduler behind them that runs them together. There is one instance, which chooses its device itself: with
+    KIND_AUTO Triton would make one for each GPU it sees, and all would compute on the first.
     """
     quote = json.dumps
     entries = "\n".join(
@@ -147,7 +195,7 @@ def model_config(model_name: str, parameters: dict[str, str]) -> str:
 backend: "python"
 max_batch_size: 1
 model_transaction_policy {{ decoupled: true }}
-instance_group [ {{ kind: KIND_AUTO count: 1 }} ]
+instance_group [ {{ kind: KIND_MODEL count: 1 }} ]
 {entries}
 input [
 {_tensors(INPUTS, REQUIRED)}
@@ -168,6 +216,9 @@ def _tensors(tensors: tuple[Tensor, ...], required: tuple[str, ...]) -> str:
 
 def _link_or_copy(source: str, destination: str) -> str:
     try:
+        # A copy can be opened to the server's user without a change to the engine.
+        if not os.stat(source).st_mode & stat.S_IROTH:
+            raise PermissionError
         os.link(source, destination)
     except OSError:
         shutil.copy2(source, destination)

@@ -97,6 +97,15 @@ def parse_generation(
     return Generation(request, stream, prefix, _user(values))
 
 
+def parse_user(inputs: Mapping[str, np.ndarray]) -> str:
+    """Whose a request is; empty where it does not say so.
+
+    Raises:
+        PrismError: it says so in an invalid way.
+    """
+    return _user({name: _values(array) for name, array in inputs.items() if name == "user"})
+
+
 def _values(array: np.ndarray) -> list[Any]:
     values: list[Any] = array.reshape(-1).tolist()
     # The shortest decimal that is this float32: what the client wrote.

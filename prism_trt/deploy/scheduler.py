@@ -259,10 +259,16 @@ class Scheduler:
         """Start as many waiting requests as there are slots for."""
         while not self._stopping and self._decoder.room and (entry := self._next()) is not None:
             user, job = entry
-            if (cause := job.given_up) is not None:  # before it costs a prefill
-                self._give_up(job, cause)
+            try:
+                if (cause := job.given_up) is not None:  # before it costs a prefill
+                    self._give_up(job, cause)
+                    continue
+                self._running[self._decoder.add(job.generation.request)] = job
+            except Exception:
+                # It is in neither list, so nobody else would answer it.
+                log.exception("a request could not be started")
+                self._fail(job.reply, "engine")
                 continue
-            self._running[self._decoder.add(job.generation.request)] = job
             self._charge(user, INPUT_WEIGHT * len(job.generation.request.prompt))
             self._monitor.started(time.monotonic() - job.submitted)
 

@@ -27,13 +27,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from prism_trt.deploy import keeper
+from prism_trt.deploy import admin, keeper
 from prism_trt.deploy.canary import ask_for_a_token
 from prism_trt.deploy.repository import read_repository
 from prism_trt.errors import PrismError
 
 HOST = "127.0.0.1"
-_RESTRICTED = "shared-memory,model-repository,model-config,trace,logging,statistics"
+LOG_FOLLOWS = ": the end of its log:"
+"""How the first line of an error ends that the log's last lines follow."""
 _RUNTIME_PREFIX, _LOCK = "prism_trt_", "lock"
 _POLL_SECONDS = 0.03
 _TAIL_LINES, _LOG_BYTES = 12, 1 << 16
@@ -171,6 +172,7 @@ class TritonServer:
         log: file that receives the server's output; None keeps it only for error messages.
         start_timeout: seconds until the server must have generated its first token.
         grace: seconds that open requests get when the server is stopped.
+        admin_key: lets its holders unload and load the model; None: a random one of this object, and nobody may.
     """
 
     def __init__(
@@ -183,10 +185,12 @@ class TritonServer:
         log: Path | None = None,
         start_timeout: float = 120.0,
         grace: float = 10.0,
+        admin_key: str | None = None,
     ) -> None:
         self.repository = Path(repository).absolute()
         self.model_name: str = read_repository(self.repository)["model"]
-        self.admin_key = secrets.token_urlsafe(16)
+        self.admin_key = admin_key or secrets.token_urlsafe(16)
+        self._exchangeable = admin_key is not None
         self._ports = {"grpc": grpc_port, "http": http_port, "metrics": metrics_port}
         self._log_path = log
         self._log: IO[bytes] | None = None
@@ -262,9 +266,9 @@ class TritonServer:
         atexit.register(self.stop)
         try:
             self._keeper = subprocess.Popen(
-                [sys.executable, "-I", "-S", keeper.__file__, json.dumps(plan)],
+                [sys.executable, "-I", "-S", keeper.__file__],
                 env={**environment, keeper.RUNTIME_VARIABLE: str(self._runtime)},
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=self._log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -272,6 +276,9 @@ class TritonServer:
             )
         finally:
             os.close(lock)
+        assert self._keeper.stdin is not None
+        with contextlib.suppress(BrokenPipeError), self._keeper.stdin as pipe:  # it may have been killed already
+            pipe.write(json.dumps(plan).encode())
 
     def _command(self, files: TritonFiles, runtime: Path) -> list[str]:
         options = {
@@ -280,9 +287,11 @@ class TritonServer:
             "backend-config": f"python,shm-region-prefix-name={keeper.shm_prefix(runtime)}",
             "allow-gpu-metrics": "false",
             "exit-timeout-secs": max(1, round(self._grace)),
-            "grpc-restricted-protocol": f"{_RESTRICTED}:admin-key={self.admin_key}",
-            "http-restricted-api": f"{_RESTRICTED}:admin-key={self.admin_key}",
+            "grpc-restricted-protocol": admin.restriction(self.admin_key),
+            "http-restricted-api": admin.restriction(self.admin_key),
         }
+        if self._exchangeable:
+            options |= {"model-control-mode": "explicit", "load-model": self.model_name}
         for name, port in self._ports.items():
             options |= {f"{name}-port": port, f"{name}-address": HOST}
         arguments = [f"--{name}={value}" for name, value in options.items()]
@@ -292,9 +301,9 @@ class TritonServer:
         deadline = time.monotonic() + self._start_timeout
         while not self._http_ready():
             if self._keeper is None or self._keeper.poll() is not None:
-                raise PrismError(f"the server could not start: {self._cause()}")
+                raise PrismError(f"the server could not start{self._cause()}")
             if time.monotonic() > deadline:
-                raise PrismError(f"the server was not ready within {self._start_timeout:g} s: {self._cause()}")
+                raise PrismError(f"the server was not ready within {self._start_timeout:g} s{self._cause()}")
             time.sleep(_POLL_SECONDS)
         self.probe(timeout=max(1.0, deadline - time.monotonic()))
 
@@ -316,14 +325,23 @@ class TritonServer:
         """
         ask_for_a_token(self.grpc_url, self.model_name, timeout)
 
+    def absence(self) -> str | None:
+        """Why the model cannot be used although the server works: a holder of the key has unloaded it. Otherwise None.
+
+        Raises nothing: a server that cannot be asked has not said that.
+        """
+        if not self._exchangeable:
+            return None
+        return admin.absence(HOST, self._ports["http"] or 0, self.admin_key, self.model_name)
+
     def _cause(self) -> str:
-        """Why the model could not be loaded, or else the end of the log."""
+        """What follows a sentence: why the model could not be loaded, or else the end of the log."""
         text = self._output()
         if refused := _LOAD_FAILURE.findall(text):
-            return str(refused[-1])
+            return f": {refused[-1]}"
         telling = [line for line in text.splitlines() if line.strip() and not _CHATTER.match(line)]
         tail = "\n".join(line[:_LINE_CHARACTERS] for line in telling[-_TAIL_LINES:])
-        return f"the end of its log:\n{tail}" if tail else "its log says nothing"
+        return f"{LOG_FOLLOWS}\n{tail}" if tail else ", and its log does not say why"
 
     def _output(self) -> str:
         """The end of what the server has printed."""
@@ -348,7 +366,7 @@ class TritonServer:
             return False
         if code != keeper.STOPPED:
             cause = "the server's model process died" if code == keeper.MODEL_DIED else "the server ended by itself"
-            raise PrismError(f"{cause}: {self._cause()}")
+            raise PrismError(f"{cause}{self._cause()}")
         return True
 
     def stop(self, now: bool = False) -> None:

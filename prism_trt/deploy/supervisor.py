@@ -9,7 +9,7 @@ from pydantic import Field
 
 from prism_trt.config import StrictModel
 from prism_trt.deploy.readiness import Readiness
-from prism_trt.deploy.server import TritonServer
+from prism_trt.deploy.server import LOG_FOLLOWS, TritonServer
 from prism_trt.errors import PrismError
 
 
@@ -68,6 +68,7 @@ class Supervisor:
                 return
             except PrismError as error:
                 self._readiness.problem = _first_line(error)
+                problem = str(error)
                 self._server.stop(now=True)
                 if time.monotonic() - began > self._supervision.stable_seconds:
                     restarts = 0
@@ -75,11 +76,13 @@ class Supervisor:
                     raise
             restarts += 1
             delay = self._supervision.delay(restarts)
-            self._say(f"restart {restarts} of {self._supervision.restarts} in {delay:g} s: {self._readiness.problem}")
+            self._say(f"restart {restarts} of {self._supervision.restarts} in {delay:g} s: {problem}")
             time.sleep(delay)
 
     def _watch(self) -> None:
         """Return when the server has been stopped.
+
+        A model that somebody has unloaded is not ready, but no reason to replace the server.
 
         Raises:
             PrismError: it has ended, or no canary was answered for too long.
@@ -89,7 +92,10 @@ class Supervisor:
             try:
                 self._server.probe(self._supervision.canary_patience)
             except PrismError as error:
-                self._readiness.problem = _first_line(error)
+                absence = self._server.absence()
+                self._readiness.problem = absence or _first_line(error)
+                if absence is not None:
+                    heard = time.monotonic()
                 silent = time.monotonic() - heard
                 if silent > self._supervision.hang_timeout:
                     raise PrismError(f"the model has not worked for {silent:.0f} s: {error}") from None
@@ -99,4 +105,5 @@ class Supervisor:
 
 
 def _first_line(error: PrismError) -> str:
-    return str(error).splitlines()[0]
+    """The sentence without the lines of a log that follow it."""
+    return str(error).splitlines()[0].removesuffix(LOG_FOLLOWS)

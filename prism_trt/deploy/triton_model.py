@@ -24,7 +24,7 @@ from prism_trt.deploy.interface import CODES, INPUTS, Fault, error_text
 from prism_trt.deploy.keeper import MODEL_PREFIX, RUNTIME_VARIABLE
 from prism_trt.deploy.log_probs import describe
 from prism_trt.deploy.metrics import TritonMonitor
-from prism_trt.deploy.requests import parse_generation
+from prism_trt.deploy.requests import parse_generation, parse_user
 from prism_trt.deploy.scheduler import Scheduler
 from prism_trt.engines.loading import load_engine, load_engine_tokenizer, load_planner
 from prism_trt.errors import PrismError
@@ -52,6 +52,7 @@ class TritonReply:
 
     def __init__(self, request: Any, tokenizer: Tokenizer, open_replies: set[TritonReply]) -> None:
         self.request_id: str = request.request_id()
+        self.user = ""
         self._sender = request.get_response_sender()
         self._tokenizer = tokenizer
         self._open = open_replies
@@ -159,26 +160,39 @@ class TritonPythonModel:
             if value is not None:
                 inputs[tensor.name] = value.as_numpy()
         if "stop" in inputs and inputs["stop"].any():
-            self._stop(reply)
+            self._stop(reply, parse_user(inputs))
             return
         parameters = json.loads(request.parameters() or "{}")
         generation = parse_generation(inputs, parameters, self._tokenizer, self._tree, self._context)
+        reply.user = generation.user
         microseconds = request.timeout()
         self._open.add(reply)
         self._scheduler.submit(generation, reply, microseconds / 1e6 if microseconds else None)
 
-    def _stop(self, request: TritonReply) -> None:
-        """End the requests with the id of `request`, which asks for that, in the way of TensorRT-LLM's backend."""
+    def _stop(self, request: TritonReply, user: str) -> None:
+        """End the request with the id of `request`, which asks for that, in the way of TensorRT-LLM's backend.
+
+        Clients that know nothing of each other may use the same ids: only `user`'s request is meant if one is named,
+        and where several are meant none is ended.
+        """
         if not request.request_id:
             raise PrismError("stop is set in a request without an id: send the id of the request to stop")
-        for reply in tuple(self._open):
-            if reply.request_id == request.request_id:
-                reply.stop()
+        meant = [
+            reply for reply in tuple(self._open) if reply.request_id == request.request_id and user in ("", reply.user)
+        ]
+        if len(meant) > 1:
+            raise PrismError(
+                f"{len(meant)} open requests have the id of the one to stop: use ids that no other client uses, and "
+                "send user"
+            )
+        for reply in meant:
+            reply.stop()
         request.end_without_response()
 
     def finalize(self) -> None:
-        """Stop; called when the server unloads the model."""
+        """Stop; called when the server unloads the model, which waits for the open requests as long as it may."""
         self._scheduler.stop()
+        _withdraw()
 
 
 def _string(name: str, text: str) -> Any:
@@ -199,7 +213,18 @@ def _announce() -> None:
     """Tell the keeper, if there is one, which process to watch."""
     if runtime := os.environ.get(RUNTIME_VARIABLE):
         with contextlib.suppress(OSError):
-            (Path(runtime) / f"{MODEL_PREFIX}{os.getpid()}").touch()
+            _announcement(runtime).touch()
+
+
+def _withdraw() -> None:
+    """Tell the keeper that this process is going to end as it should."""
+    if runtime := os.environ.get(RUNTIME_VARIABLE):
+        with contextlib.suppress(OSError):
+            _announcement(runtime).unlink()
+
+
+def _announcement(runtime: str) -> Path:
+    return Path(runtime) / f"{MODEL_PREFIX}{os.getpid()}"
 
 
 def _exit_with_parent() -> None:

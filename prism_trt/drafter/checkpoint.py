@@ -19,7 +19,7 @@ from torch import Tensor
 from prism_trt.config import DrafterConfig, parse_json_file
 from prism_trt.drafter.model import Drafter
 from prism_trt.errors import PrismError
-from prism_trt.manifest import atomic_directory
+from prism_trt.manifest import atomic_directory, has_only
 from prism_trt.target.loading import Target
 
 CONFIG_FILE = "config.json"
@@ -55,10 +55,9 @@ def save_drafter(drafter: Drafter, directory: Path, overwrite: bool = False) -> 
     Raises:
         PrismError: `directory` exists, is not empty, and `overwrite` is false.
     """
-    with atomic_directory(directory, overwrite) as temporary:
+    with atomic_directory(directory, overwrite, has_only(WEIGHTS_FILE, CONFIG_FILE)) as temporary:
         tensors = {name: value.detach().cpu().contiguous() for name, value in drafter_tensors(drafter).items()}
         save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
-        (temporary / WEIGHTS_FILE).chmod(0o644)
         (temporary / CONFIG_FILE).write_text(drafter.config.model_dump_json(indent=2) + "\n")
 
 

@@ -147,7 +147,11 @@ def make_engine(
         feature_layers: numbers of the hidden states to give as features; None for those the drafter is fed.
         device: a CUDA device computes in bfloat16; the CPU as compiled code, or where that is not possible by torch in
             float32.
+
+    Raises:
+        PrismError: the context is longer than the positions the target knows.
     """
+    limits.check_positions(target.config.max_position_embeddings)
     if device.type == "cuda":
         return cuda_engine(target, drafter, limits, torch.bfloat16, feature_layers)
     chosen = choose_isa()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from prism_trt.config import TreeShape
+from prism_trt.errors import PrismError
 
 LogitsFor = Literal["all", "last", "none"]
 
@@ -32,6 +33,18 @@ class EngineLimits:
     """K/V entries per slot; prompt, output and the tree in flight must fit."""
     tokens_per_call: int
     """Largest B*T of one forward call; longer prefills are cut into chunks by the caller."""
+
+    def check_positions(self, known: int) -> None:
+        """Refuse contexts in which a target would meet positions that it does not know.
+
+        Raises:
+            PrismError: the context is longer than the target's `known` positions.
+        """
+        if self.context > known:
+            raise PrismError(
+                f"the context of {self.context} tokens exceeds the target's {known} positions: ask for a smaller "
+                "context"
+            )
 
 
 @dataclass(frozen=True)

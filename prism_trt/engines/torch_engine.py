@@ -41,11 +41,7 @@ class TorchEngine:
             PrismError: the context is longer than the positions the target knows.
         """
         config = target.config
-        if limits.context > config.max_position_embeddings:
-            raise PrismError(
-                f"the context of {limits.context} tokens exceeds the target's {config.max_position_embeddings} "
-                "positions: ask for a smaller context"
-            )
+        limits.check_positions(config.max_position_embeddings)
         self.device = device
         self.limits = limits
         self.vocab_size = config.vocab_size

@@ -33,24 +33,35 @@ def app() -> typer.Typer:
         grace: Annotated[float, typer.Option(min=0, help="Seconds open answers get when this stops.")] = 30.0,
     ) -> None:
         """Offer the server started with `python -m prism_trt.deploy --run` through OpenAI's API."""
+        from prism_trt.client.limits import INT32, check_integer, check_seconds, check_text
         from prism_trt.errors import PrismError
+        from prism_trt.frontend.connections import Connections, connections_for
         from prism_trt.frontend.guard import ApiKeys
+        from prism_trt.frontend.logs import log_to_stderr
         from prism_trt.frontend.server import Address, serve
         from prism_trt.frontend.service import Settings, create_app
 
+        check_seconds("--timeout", timeout)
+        check_seconds("--grace", grace)
+        check_integer("--max-tokens", max_tokens, INT32)
+        check_text("--model", model)
+        check_text("--grpc-url", grpc_url)
         address = Address(host, port, tls_cert, tls_key)
         keys = ApiKeys.read(api_key_file) if api_key_file else None
         if keys is None and not address.loopback:
             raise PrismError(f"{host} can be reached from other machines: pass --api-key-file")
+        log_to_stderr()
+        most = connections_for(max_requests)
         settings = Settings(
             model=model,
             grpc_url=grpc_url,
             grpc_tls_ca=grpc_tls_ca,
             max_tokens=max_tokens,
             max_body_bytes=max_body_bytes,
-            max_requests=max_requests,
+            max_requests=min(max_requests, most // 2),  # who is refused must be able to connect
             timeout=timeout,
         )
-        serve(create_app(settings, keys), address, grace, lambda url: typer.echo(f"serving {model}: {url}"))
+        app = create_app(settings, keys)
+        serve(app, address, Connections(most), grace, lambda url: typer.echo(f"serving {model}: {url}"))
 
     return command

@@ -48,7 +48,7 @@ class Answer:
 
     @property
     def id(self) -> str:
-        """Names the answer to the client, and in the logs of both servers."""
+        """Names the answer to the client and in the log; what the server calls it begins with this."""
         return _PREFIXES[self.endpoint] + self.token
 
     def whole(self, text: str, log_probs: Sequence[Entry], statistics: Statistics) -> dict[str, Any]:

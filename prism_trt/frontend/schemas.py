@@ -135,7 +135,6 @@ class GenerationRequest(Body):
         return Options(
             model=model,
             max_tokens=tokens or limit,
-            stream=bool(self.stream),
             chat=False,
             temperature=1.0 if self.temperature is None else self.temperature,
             top_k=self.top_k,

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import logging
 import signal
 import socket
 import ssl
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import cast
 
 import uvicorn
 from fastapi import FastAPI
 
 from prism_trt.errors import PrismError
+from prism_trt.frontend.connections import Connections, Listener, Protocol
 
 _CUT_SECONDS = 5
 """What open connections get after the grace period to send their last error."""
@@ -48,8 +49,8 @@ class Address:
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         try:
             return socket.create_server((self.host, self.port), family=family, backlog=512)
-        except OSError as error:
-            reason = error.strerror or error
+        except (OSError, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise PrismError(
                 f"cannot listen on {self.host} port {self.port} ({reason}): pass --host and --port"
             ) from None
@@ -67,7 +68,7 @@ class Address:
             raise PrismError(f"{self.certificate} and {self.key} are no certificate and key ({reason})") from None
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """Ends open answers with an error, rather than in mid-sentence, when the grace period is over."""
 
     def __init__(self, config: uvicorn.Config, app: FastAPI, grace: float) -> None:
@@ -79,23 +80,14 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def serve(app: FastAPI, address: Address, grace: float, announce: Callable[[str], None]) -> None:
-    """Serve `app` until SIGTERM or SIGINT; open answers then get `grace` seconds to finish.
-
-    Args:
-        app: what `prism_trt.frontend.service.create_app` made.
-        address: where to listen.
-        grace: seconds.
-        announce: told the URL once connections are accepted.
-
-    Raises:
-        PrismError: the address or the certificate cannot be used.
-    """
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    address.check_certificate()
-    listener = address.bind()
-    config = uvicorn.Config(
+def configure(app: FastAPI, address: Address, connections: Connections, grace: float) -> uvicorn.Config:
+    """How uvicorn serves `app`."""
+    return uvicorn.Config(
         app,
+        http=cast(type[asyncio.Protocol], partial(Protocol, connections=connections)),
+        loop="asyncio",  # others accept connections without asking `Listener`
+        callback_notify=connections.end_idle,
+        timeout_notify=1,
         log_config=None,
         log_level="warning",
         access_log=False,  # paths may hold what clients misplace there, such as keys
@@ -105,7 +97,26 @@ def serve(app: FastAPI, address: Address, grace: float, announce: Callable[[str]
         ssl_certfile=address.certificate,
         ssl_keyfile=address.key,
     )
-    server = _Server(config, app, grace)
+
+
+def serve(
+    app: FastAPI, address: Address, connections: Connections, grace: float, announce: Callable[[str], None]
+) -> None:
+    """Serve `app` until SIGTERM or SIGINT; open answers then get `grace` seconds to finish.
+
+    Args:
+        app: what `prism_trt.frontend.service.create_app` made.
+        address: where to listen.
+        connections: limits them.
+        grace: seconds.
+        announce: told the URL once connections are accepted.
+
+    Raises:
+        PrismError: the address or the certificate cannot be used.
+    """
+    address.check_certificate()
+    listener = Listener(address.bind(), connections)
+    server = Server(configure(app, address, connections, grace), app, grace)
     # uvicorn raises the signals that it got once more when it has ended, and catches none before it has started.
     before = signal.signal(signal.SIGTERM, lambda *_: setattr(server, "should_exit", True))
     try:

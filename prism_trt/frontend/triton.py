@@ -83,7 +83,7 @@ class TritonClient:
             return False
 
     async def generate(
-        self, prompt: str, messages: list[dict[str, str]] | None, options: Options, request_id: str
+        self, prompt: str, messages: list[dict[str, str]] | None, options: Options, name: str
     ) -> AsyncGenerator[Chunk, None]:
         """Yield the answer piece by piece; closing the iterator stops the request on the server.
 
@@ -91,7 +91,7 @@ class TritonClient:
             prompt: text to continue; empty with `messages`.
             messages: a conversation to answer, in place of `prompt`.
             options: the rest of the request.
-            request_id: how the server's log calls it.
+            name: how the server calls it, with a random part after it.
 
         Raises:
             ApiError: the server refuses the request, fails, is silent for `options.timeout` seconds or is absent.
@@ -103,7 +103,7 @@ class TritonClient:
             inputs[-1].set_data_from_numpy(conversation)
         if self._draining:
             raise ApiError(503, _DRAINING)
-        stream = ResponseStream(self._client, self._model, inputs, request_id)
+        stream = ResponseStream(self._client, self._model, inputs, name)
         self._streams.add(stream)
         try:
             while True:

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from prism_trt.config import StrictModel
 
+GREEDY_BELOW = 1e-5
+"""Lower temperatures than this are greedy: dividing by the least of them would overflow float32."""
 _FIRST_RANKED = 256
 """Tokens among which a nucleus is looked for first."""
 
@@ -15,14 +17,15 @@ _FIRST_RANKED = 256
 class SamplingParams(StrictModel):
     """How a request's tokens are drawn."""
 
-    temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="0 is greedy")
+    temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="below 1e-5 greedy")
     top_k: int = Field(default=0, ge=0, description="keep the k most probable tokens; 0 keeps all")
     top_p: float = Field(default=1.0, gt=0, le=1, description="keep the smallest set of tokens with this probability")
     seed: int | None = Field(default=None, ge=0, lt=2**63, description="None: a fresh one for each request")
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0
+        """Whether the likeliest token is always taken."""
+        return self.temperature < GREEDY_BELOW
 
 
 def warp(logits: Tensor, params: SamplingParams) -> Tensor:

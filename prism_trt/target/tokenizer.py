@@ -18,6 +18,9 @@ from prism_trt.errors import PrismError
 from prism_trt.manifest import sha256_json
 from prism_trt.target.token_bytes import TokenBytes
 
+TRAINING_DATE = datetime(2025, 1, 1)
+"""What chat templates that print the date print in training prompts, so that they are the same on every day."""
+
 TOKENIZER_FILE, SETTINGS_FILE = "tokenizer.json", "prism_tokenizer.json"
 
 
@@ -33,14 +36,20 @@ class TokenizerSettings(StrictModel):
 class Tokenizer:
     """Text to token ids and back."""
 
-    def __init__(self, fast: FastTokenizer, settings: TokenizerSettings) -> None:
+    def __init__(self, fast: FastTokenizer, settings: TokenizerSettings, date: datetime | None = None) -> None:
+        """`date` is what the chat template takes for the present; None for the clock's."""
         # A stored tokenizer may truncate or pad, which would silently change prompts.
         fast.no_truncation()
         fast.no_padding()
         self._fast = fast
         self.settings = settings
+        self._date = date
         self._template: jinja2.Template | None = None
         self._bytes: TokenBytes | None = None
+
+    def dated(self, date: datetime) -> Tokenizer:
+        """The same tokenizer, with a chat template that takes `date` for the present."""
+        return Tokenizer(self._fast, self.settings, date)
 
     @property
     def vocab_size(self) -> int:
@@ -75,13 +84,13 @@ class Tokenizer:
         """The chat template's text of `messages` (``role`` and ``content`` each).
 
         Raises:
-            PrismError: there is no template, or it refuses the messages.
+            PrismError: there is no template, it refuses the messages, or it is wrong.
         """
         if self.settings.chat_template is None:
             raise PrismError("the tokenizer has no chat template: use plain text, or add one to tokenizer_config.json")
         try:
             if self._template is None:
-                self._template = _environment().from_string(self.settings.chat_template)
+                self._template = _environment(self._date).from_string(self.settings.chat_template)
             return self._template.render(
                 messages=list(messages),
                 add_generation_prompt=add_generation_prompt,
@@ -90,6 +99,10 @@ class Tokenizer:
             )
         except jinja2.TemplateError as error:
             raise PrismError(f"the chat template refused the messages: {error}") from None
+        except Exception as error:  # an expression in a template may raise anything
+            raise PrismError(
+                f"the chat template cannot render the messages ({type(error).__name__}: {error}): correct the template"
+            ) from None
 
     def encode_chat(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> list[int]:
         """Token ids of `render_chat`, without adding special tokens the template has written itself."""
@@ -164,7 +177,7 @@ def _token_text(value: str | dict[str, Any] | None) -> str | None:
     return value.get("content") if isinstance(value, dict) else value
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
+def _environment(date: datetime | None) -> ImmutableSandboxedEnvironment:
     """The environment chat templates are written for (`transformers`' ``_compile_jinja_template``)."""
 
     def raise_exception(message: str) -> NoReturn:
@@ -178,5 +191,5 @@ def _environment() -> ImmutableSandboxedEnvironment:
     )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.globals["strftime_now"] = lambda form: (date or datetime.now()).strftime(form)
     return environment

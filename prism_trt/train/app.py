@@ -26,6 +26,7 @@ def app() -> typer.Typer:
 
 
 def train(
+    context: typer.Context,
     target: Annotated[Path, typer.Option(help="target: Hugging Face directory or GGUF file")],
     data: Annotated[
         Path | None, typer.Option(help="prompts, one JSON object per line; may be left out with a complete --cache")
@@ -72,21 +73,34 @@ def train(
         raise PrismError("--cache is missing: name the directory the answers go to")
     if threads is not None:
         torch.set_num_threads(threads)
-    training = _config(TrainConfig, options)
+    given = {name: value for name, value in options.items() if _is_given(context, name)}
+    training = _config(TrainConfig, given)
     with open_world(parse(WorldConfig, {"device": device, "parallel": parallel}, "command line")) as world:
         run_training(
             RunPaths(target, data, None if generate_only else out, work or cache, cache, init),
-            _config(PromptConfig, options),
-            _config(GenerationConfig, options),
+            _config(PromptConfig, given),
+            _config(GenerationConfig, given),
             training,
             RunOptions(slots, answers, overwrite, wandb, dry_run, online),
             world,
-            ["prism-trt", "train", *sys.argv[1:]],
+            _command_line(sys.argv),
         )
 
 
-def _config(model: type[Any], options: dict[str, Any]) -> Any:
-    return parse(model, {name: options[name] for name in model.model_fields}, "command line")
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
+def _config(model: type[Any], given: dict[str, Any]) -> Any:
+    """A config of the options that are given, so that it can tell them from defaults."""
+    return parse(model, {name: given[name] for name in model.model_fields if name in given}, "command line")
+
+
+def _command_line(arguments: list[str]) -> list[str]:
+    """A command line to repeat, of a process started as ``prism-trt train`` or ``python -m prism_trt.train``."""
+    options = arguments[1:]
+    return ["prism-trt", "train", *(options[1:] if options[:1] == ["train"] else options)]
 
 
 def _train_command() -> Any:

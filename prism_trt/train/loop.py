@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from prism_trt.config import DrafterConfig, TrainConfig
 from prism_trt.data.sequences import FeatureSequence
 from prism_trt.drafter.checkpoint import weights_sha256
-from prism_trt.drafter.features import multi_layers
 from prism_trt.drafter.model import Drafter, copy_modules
 from prism_trt.errors import PrismError
 from prism_trt.manifest import sha256_json
@@ -25,6 +24,8 @@ from prism_trt.target.loading import Target
 from prism_trt.train.alignment import feature_noise
 from prism_trt.train.batch import PackedBatch, pack
 from prism_trt.train.checkpoints import LATEST, RunState, find_state, save_state, stage_file
+from prism_trt.train.held_back import hold_back
+from prism_trt.train.initial import check_init, new_drafter
 from prism_trt.train.losses import StepMetrics
 from prism_trt.train.objective import Objective
 from prism_trt.train.optimizer import StageOptimizer
@@ -100,7 +101,7 @@ class TrainingResult:
     rows: int
     seconds: float
     acceptance: SimulatedAcceptance | None
-    """At the end, on the answers held back; None without such."""
+    """At the end, on the answers held back; None without such, or on other ranks than the first."""
     vocabulary: VocabularyLoss | None
     """Likewise; None also for a drafter of the whole vocabulary, or with a head of its own."""
 
@@ -125,10 +126,10 @@ class Trainer:
             world: the processes that share the run.
 
         Raises:
-            PrismError: the cache leaves nothing to train on, or `init` is not what the stages of `config` can train.
+            PrismError: the cache leaves too little to train on, or `init` is not what the stages of `config` can train.
         """
         if init is not None:
-            _check_init(init.config, config)
+            check_init(init.config, config)
         self._config = config
         self._cache = cache
         self._work = work
@@ -141,11 +142,11 @@ class Trainer:
             for stage in self._stages
         ]
         self._compute = torch.bfloat16 if config.compute == "bfloat16" else torch.float32
-        self._held_back, self._training = _split(cache, config)
+        self._held_back, self._training = hold_back(cache.roots, cache.greedy, config)
         if init is None:
             counts = cache.token_counts(self._training, target.config.vocab_size)
             vocab = choose_draft_vocab(counts, config.draft_vocab_size, target.tokenizer.eos_token_ids)
-            init = _new_drafter(target, config, vocab)
+            init = new_drafter(target, config, vocab)
         self._first = init
         with torch.no_grad():
             table = target.model.model.embed_tokens.weight
@@ -192,7 +193,7 @@ class Trainer:
                 rows += report.rows
                 for observer in observers:
                     observer.updated(report)
-                simulate = bool(len(self._held_back)) and (last or (update + 1) % self._config.simulate_every == 0)
+                simulate = self.simulates and (last or (update + 1) % self._config.simulate_every == 0)
                 save = last or (update + 1) % self._config.save_every == 0
                 if not (simulate or save):
                     continue
@@ -212,10 +213,15 @@ class Trainer:
                         observer.simulated(stage, update + 1, acceptance)
                 world.barrier()
             drafter = self._plain(drafter, whole_weights(model))
-        if acceptance is None and len(self._held_back) and world.first:
+        if acceptance is None and self.simulates and world.first:
             acceptance = self._simulate(drafter)
         vocabulary = self._vocabulary_loss(drafter, acceptance)
         return TrainingResult(_as_kind(drafter, self._config).cpu().eval(), rows, seconds, acceptance, vocabulary)
+
+    @property
+    def simulates(self) -> bool:
+        """Answers are held back, so that the acceptance length can be simulated."""
+        return bool(len(self._held_back))
 
     def drafter_of(self, stage: Stage) -> Drafter:
         """The drafter that `stage` trains, before any training; a measured step map is not known yet."""
@@ -260,10 +266,7 @@ class Trainer:
             distance += share * part_distance.cpu()
         norm = optimizer.clip()
         if not math.isfinite(norm):
-            raise PrismError(
-                f"the loss is no longer finite at update {update + 1} of stage {stage.name}: lower "
-                f"--{stage.name.replace('_', '-')}-lr (what was saved before is kept in {self._work})"
-            )
+            raise self._diverged(stage, update)
         lr = learning_rate(update, stage, config)
         optimizer.step(lr)
         measured = None
@@ -279,6 +282,22 @@ class Trainer:
         seconds = time.perf_counter() - began
         return UpdateReport(stage, update + 1, int(roots.sum()), seconds, lr, norm, measured)
 
+    def _diverged(self, stage: Stage, update: int) -> PrismError:
+        """The error of a loss that is not finite in `update`, with advice that the next run can follow."""
+        said = f"the loss is no longer finite at update {update + 1} of stage {stage.name}"
+        # The first gradient of a stage shows what the one before has made of the weights.
+        before = [earlier for earlier in self._stages[: stage.number] if earlier.updates]
+        if not (update or before):
+            return PrismError(f"{said}: lower the --*-weight options and --noise, or pass another --init or --cache")
+        cause = stage if update else before[-1]
+        lower = f"{said}: lower --{cause.name.replace('_', '-')}-lr"
+        if any((self._work / stage_file(earlier)).is_file() for earlier in self._stages[: cause.number]):
+            return PrismError(f"{lower} (the stages before it are kept in {self._work})")
+        if not (self._work / LATEST).is_file():
+            return PrismError(lower)
+        # What is saved there belongs to the old learning rate.
+        return PrismError(f"{lower} and pass another --work, with --cache {self._cache.directory} for the same answers")
+
     def _parts(self, roots: np.ndarray) -> list[np.ndarray]:
         """This rank's parts of an update, each for one forward pass."""
         size = self._world.size
@@ -288,12 +307,11 @@ class Trainer:
 
     def _step_map(self, drafter: Drafter, stage: Stage, observers: list[Observer]) -> tuple[int, ...]:
         """The step map of the drafter that `stage` trains."""
-        if stage.modules == 1 or self._config.step_map != "auto":
+        if stage.modules == 1 or not self._config.measures_step_map:
             return self._config.fixed_step_map
-        if not len(self._held_back):
-            raise PrismError("--step-map auto measures on answers held back: raise --hold-back, or name the step map")
         acceptance = self._simulate(drafter)
-        step_map = step_map_of_difficulty(acceptance.top1, stage.modules)
+        # Tuning must reach every module; later steps use the last one.
+        step_map = step_map_of_difficulty(acceptance.top1[: stage.steps], stage.modules)
         for observer in observers:
             observer.mapped(step_map, acceptance)
         return step_map
@@ -307,11 +325,12 @@ class Trainer:
     def _simulate(self, drafter: Drafter) -> SimulatedAcceptance:
         head = self._head if drafter.lm_head is None else drafter.lm_head.weight
         drafter = drafter.to(self._world.device)
-        return simulate_acceptance(drafter, self._embedding, head, self._held_back_batches(), self._compute)
+        batches = self._held_back_batches()
+        return simulate_acceptance(drafter, self._embedding, head, batches, self._compute, teacher_head=self._head)
 
     def _vocabulary_loss(self, drafter: Drafter, acceptance: SimulatedAcceptance | None) -> VocabularyLoss | None:
         """None on ranks that did not simulate `acceptance`, too."""
-        if acceptance is None or drafter.draft_vocab is None or drafter.lm_head is not None:
+        if acceptance is None or not acceptance.roots or drafter.draft_vocab is None or drafter.lm_head is not None:
             return None
         target_head = self._target_head.to(self._world.device, self._compute)
         batches = list(self._held_back_batches())
@@ -322,78 +341,6 @@ class Trainer:
         for first in range(0, len(self._held_back), 8):
             members = self._held_back[first : first + 8]
             yield pack([self._cache.sequence(int(index)) for index in members]).to(self._world.device)
-
-
-def _split(cache: Sequences, config: TrainConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the sequences held back (greedy ones, chosen by the seed) and of those trained on."""
-    usable = np.flatnonzero(cache.roots > 0)
-    candidates = usable[cache.greedy[usable]]
-    held_back = np.sort(np.random.default_rng(config.seed).permutation(candidates)[: config.hold_back])
-    training = np.setdiff1d(usable, held_back)[: config.max_answers or None]
-    if not len(training):
-        raise PrismError(
-            f"the feature cache {cache.directory} has {len(usable)} usable answers and {len(held_back)} are held back, "
-            "so none is left to train on: add prompts or lower --hold-back"
-        )
-    return held_back, training
-
-
-def _check_init(init: DrafterConfig, config: TrainConfig) -> None:
-    if init.num_modules > 1:
-        others = any(stage.updates for stage in stages(config) if stage.name != "tuning")
-        same = (config.kind, config.modules, config.fixed_step_map) == ("prism", init.num_modules, init.step_map)
-        if others or not same:
-            raise PrismError(
-                f"the initial drafter has {init.num_modules} modules, so it can only be tuned as it is: pass "
-                f"--kind prism --one-step-updates 0 --alignment-updates 0 --modules {init.num_modules} --step-map "
-                f"{','.join(map(str, init.step_map))}, or a drafter with one module"
-            )
-    is_lm = config.kind == "standard"
-    if (init.kind == "standard") != is_lm or (not is_lm and init.features != config.features):
-        raise PrismError(
-            f"the initial drafter is of kind {init.kind} with features {init.features}: pass the same --kind and "
-            "--features, or another --init"
-        )
-
-
-def _new_drafter(target: Target, config: TrainConfig, vocab: Tensor | None) -> Drafter:
-    """A randomly initialised drafter of one module; all but a standard one have the target's width and heads."""
-    shape = target.config
-    is_lm = config.kind == "standard"
-    width = config.width or shape.hidden_size
-    if width % shape.head_dim:
-        raise PrismError(
-            f"--width {width} is not a multiple of the target's head width {shape.head_dim}: choose one that is"
-        )
-    heads = shape.num_heads * width // shape.hidden_size if width == shape.hidden_size else width // shape.head_dim
-    inner = config.intermediate_size or round(shape.intermediate_size * width / shape.hidden_size / 16) * 16
-    if not config.intermediate_size and width == shape.hidden_size:
-        inner = shape.intermediate_size
-    multi = config.features == "multi"
-    drafter_config = DrafterConfig(
-        kind="standard" if is_lm else "prism",
-        hidden_size=width,
-        intermediate_size=inner,
-        num_layers=config.layers,
-        num_heads=heads,
-        num_kv_heads=max(g for g in range(1, shape.num_kv_heads + 1) if heads % g == 0),
-        head_dim=shape.head_dim,
-        rms_norm_eps=shape.rms_norm_eps,
-        rope_theta=shape.rope_theta,
-        rope_scaling=shape.rope_scaling,
-        num_modules=1,
-        step_map=(0,),
-        features="none" if is_lm else config.features,
-        feature_layers=multi_layers(shape.num_layers) if multi else (),
-        # Residual streams differ in size from layer to layer, and have a few enormous entries at the first token.
-        normalize_features=multi,
-        kv_mode=config.kv_mode,
-        draft_vocab_size=None if vocab is None else len(vocab),
-        target_fingerprint=target.fingerprint,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return Drafter(drafter_config, vocab, shape.vocab_size)
 
 
 def _with_modules(drafter: Drafter, modules: int, step_map: tuple[int, ...]) -> Drafter:

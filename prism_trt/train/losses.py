@@ -71,10 +71,10 @@ def soft_cross_entropy(
     Args:
         hidden: K tensors [N, h].
         head: [D, H] rows of the target's head, in the dtype of the matrix products; frozen.
-        metrics: filled when given. The returned value is exact only then; otherwise it is 0 with the right gradient,
-            because the value costs extra passes over the logits that training does not need.
+        metrics: filled when given, without the top-K loss. The returned value is exact only then; otherwise it is 0
+            with the right gradient, because the value costs extra passes over the logits that training does not need.
         top_k_weight: weight of HASS's top-K loss (section 3.2), which adds the same sum over the target's `TOP_K`
-            likeliest tokens only.
+            likeliest tokens only, to the returned value too.
         own_head: [D, h] trained head of the drafter; None when it predicts with `head`.
     """
     value: Tensor = _SoftCrossEntropy.apply(batch, head, own_head, metrics, top_k_weight, *hidden)
@@ -125,6 +125,8 @@ class _SoftCrossEntropy(torch.autograd.Function):
                         metrics.cross_entropy[step] += losses.sum().double().cpu()
                         metrics.agreement[step] += ((q.argmax(-1) == best[rows]) * valid).sum().double().cpu()
                         metrics.rows[step] += valid.sum().double().cpu()
+                        if mass is not None:
+                            losses = _cross_entropy_values(logits.float(), share[rows], q, mass[rows, 0]) * valid
                         total += float(losses.sum()) / counts[step]
                     difference = (q if mass is None else q.mul_(mass[rows])).sub_(share[rows])
                     difference = difference.mul_(valid.unsqueeze(1) / counts[step]).to(head.dtype)
@@ -143,7 +145,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
         return (None, None, head_gradient, None, None, *scaled)
 
 
-def _cross_entropy_values(logits: Tensor, p: Tensor, q: Tensor) -> Tensor:
-    """``-sum p log q`` per row; log q is taken from the logits because q may underflow."""
+def _cross_entropy_values(logits: Tensor, c: Tensor, q: Tensor, mass: Tensor | float = 1.0) -> Tensor:
+    """``-sum c log q`` per row, where c sums to `mass`; log q is taken from the logits because q may underflow."""
     log_sum = logits.amax(-1) - q.amax(-1).log()
-    return log_sum - torch.linalg.vecdot(p, logits)
+    return mass * log_sum - torch.linalg.vecdot(c, logits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,13 +14,15 @@ from torch.utils.tensorboard import SummaryWriter
 from prism_trt.config import TrainConfig
 from prism_trt.errors import PrismError
 from prism_trt.progress import Reporter
+from prism_trt.storage import writing
 from prism_trt.train.loop import Measurement, UpdateReport
-from prism_trt.train.simulate import SimulatedAcceptance
+from prism_trt.train.simulate import STEPS, SimulatedAcceptance
 from prism_trt.train.stages import Stage
 
 _SMOOTHING = 0.05
 _OVERFITTING = 0.15
-"""Difference of accuracies that is worth a warning; both are shares of right first choices."""
+"""Difference of accuracies that is worth a warning; both are shares of first choices that are the target's."""
+_NOT_MEASURED = f"not measured, because no answer held back has {STEPS} tokens to draft"
 
 
 class ProgressObserver:
@@ -46,17 +49,18 @@ class ProgressObserver:
 
     def simulated(self, stage: Stage, update: int, acceptance: SimulatedAcceptance) -> None:
         steps = " ".join(f"{share:.3f}" for share in acceptance.top1)
+        length = f"{acceptance.chain:.3f} (top-4 {acceptance.chain_top4:.3f}), right per step {steps}"
         print(
-            f"{stage.name} {update}/{stage.updates}: simulated acceptance length {acceptance.chain:.3f} "
-            f"(top-4 {acceptance.chain_top4:.3f}), right per step {steps}",
+            f"{stage.name} {update}/{stage.updates}: simulated acceptance length "
+            f"{length if acceptance.roots else _NOT_MEASURED}",
             file=sys.stderr,
             flush=True,
         )
 
     def mapped(self, step_map: tuple[int, ...], acceptance: SimulatedAcceptance) -> None:
         steps = ", ".join(
-            f"step {step} is right on {share:.1%}: module {module}"
-            for step, (share, module) in enumerate(zip(acceptance.top1, step_map, strict=True))
+            f"step {step} is right on {share:.1%}: module {step_map[min(step, len(step_map) - 1)]}"
+            for step, share in enumerate(acceptance.top1)
         )
         print(f"step map by difficulty: {steps}", file=sys.stderr, flush=True)
 
@@ -92,15 +96,17 @@ class OverfittingObserver:
 
     def simulated(self, stage: Stage, update: int, acceptance: SimulatedAcceptance) -> None:
         recent, self._accuracy = self._accuracy, []
-        if not recent or self._warned == stage.name:
+        held_back = acceptance.agreement
+        if not recent or held_back is None or self._warned == stage.name:
             return
-        trained, held_back = sum(recent) / len(recent), acceptance.top1[0]
+        trained = sum(recent) / len(recent)
         if trained - held_back > _OVERFITTING:
             self._warned = stage.name
+            length = f"{acceptance.chain:.2f}" if acceptance.roots else "not measured"
             self._say(
-                f"warning: the drafter is right on {trained:.0%} of its training data but on {held_back:.0%} of the "
-                f"answers held back (simulated acceptance length {acceptance.chain:.2f}): more data, or fewer updates, "
-                "would serve it better"
+                f"warning: the drafter chooses the target's token in {trained:.0%} of its training data but in "
+                f"{held_back:.0%} of the answers held back (simulated acceptance length {length}): more data, or fewer "
+                "updates, would serve it better"
             )
 
     def mapped(self, step_map: tuple[int, ...], acceptance: SimulatedAcceptance) -> None:
@@ -117,7 +123,8 @@ class TensorBoardObserver:
 
     def started(self, planned: list[Stage], stage: int, update: int) -> None:
         self._offsets = [sum(earlier.updates for earlier in planned[:number]) for number in range(len(planned))]
-        self._writer = SummaryWriter(str(self._directory), purge_step=self._offsets[stage] + update + 1)
+        with writing(self._directory):
+            self._writer = SummaryWriter(str(self._directory), purge_step=self._offsets[stage] + update + 1)
 
     def updated(self, report: UpdateReport) -> None:
         if report.measured is None:
@@ -139,6 +146,8 @@ class TensorBoardObserver:
             self._scalars(step, {f"train/cross_entropy/step_{k}": entropy, f"train/top1/step_{k}": agreement})
 
     def simulated(self, stage: Stage, update: int, acceptance: SimulatedAcceptance) -> None:
+        if not acceptance.roots:
+            return
         step = self._offsets[stage.number] + update
         self._scalars(
             step,
@@ -157,17 +166,29 @@ class TensorBoardObserver:
     def close(self) -> None:
         """Flush and close the event file."""
         if self._writer is not None:
-            self._writer.close()
+            with writing(self._directory):
+                self._writer.close()
 
     def _scalars(self, step: int, values: dict[str, float]) -> None:
         assert self._writer is not None
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step, walltime=time.time())
+        with writing(self._directory):
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step, walltime=time.time())
 
 
 def _clock(seconds: float) -> str:
     minutes = int(seconds) // 60
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {int(seconds) % 60:02d} s"
+
+
+def require_wandb() -> None:
+    """Require what `start_wandb` imports.
+
+    Raises:
+        PrismError: the package is not installed.
+    """
+    if importlib.util.find_spec("wandb") is None:
+        raise PrismError("--wandb needs the package wandb: install it with pip install wandb")
 
 
 @contextmanager
@@ -177,10 +198,9 @@ def start_wandb(project: str, work: Path, logs: Path, training: TrainConfig) -> 
     Raises:
         PrismError: the package is not installed.
     """
-    try:
-        import wandb
-    except ModuleNotFoundError:
-        raise PrismError("--wandb needs the package wandb: install it with pip install wandb") from None
+    require_wandb()
+    import wandb
+
     wandb.tensorboard.patch(root_logdir=str(logs))
     with wandb.init(project=project, dir=str(work), config=training.model_dump()):
         yield

@@ -8,32 +8,45 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 import prism_trt
 from prism_trt.config import DrafterConfig, GenerationConfig, TrainConfig
+from prism_trt.data.accounting import DataReport
 from prism_trt.data.feature_cache import KIND, MANIFEST_FILE, FeatureCache
 from prism_trt.data.online import OnlineFeatures
 from prism_trt.data.prompts import PromptConfig, prepare_prompts
-from prism_trt.data.regenerate import GenerationPlan, GenerationProgress, plan_generation, planned_layers, regenerate
-from prism_trt.drafter.checkpoint import load_drafter, save_drafter
+from prism_trt.data.regenerate import GenerationPlan, plan_generation, planned_layers
+from prism_trt.drafter.checkpoint import save_drafter
 from prism_trt.drafter.features import captured_layers
-from prism_trt.engines.loading import make_engine, torch_threads
+from prism_trt.drafter.model import Drafter
+from prism_trt.engines.loading import make_engine
 from prism_trt.engines.protocol import Engine, EngineLimits
 from prism_trt.engines.torch_engine import TorchEngine
 from prism_trt.errors import PrismError
-from prism_trt.manifest import read_manifest, sha256_file
+from prism_trt.manifest import nearest_existing, read_manifest, sha256_file
 from prism_trt.progress import progress
+from prism_trt.storage import writing
 from prism_trt.target.loading import Target, load_target
-from prism_trt.train.estimate import describe_run
-from prism_trt.train.loop import Observer, Trainer, TrainingResult
-from prism_trt.train.observers import OverfittingObserver, ProgressObserver, TensorBoardObserver, start_wandb
+from prism_trt.train.answers import TOKENS_PER_CALL, check_held_back, generate, missing_answers, open_engine
+from prism_trt.train.estimate import RandomSequences, describe_answers, describe_training, free_bytes
+from prism_trt.train.initial import load_init, new_shape
+from prism_trt.train.loop import Observer, Sequences, Trainer, TrainingResult
+from prism_trt.train.observers import (
+    OverfittingObserver,
+    ProgressObserver,
+    TensorBoardObserver,
+    require_wandb,
+    start_wandb,
+)
 from prism_trt.train.stages import stages
 from prism_trt.train.world import World
 
-_TOKENS_PER_CALL = 2048
+_NOTHING_SIMULATED = (
+    "no answer is greedy, so none is held back and no acceptance length is simulated: lower --sampled-share for that"
+)
 
 
 @dataclass(frozen=True)
@@ -88,28 +101,41 @@ def run_training(
         PrismError: for everything the user can put right.
     """
     out = paths.out
-    if out is not None and out.exists() and not options.overwrite and (not out.is_dir() or any(out.iterdir())):
-        raise PrismError(f"{out} already exists: choose another --out or pass --overwrite")
+    _check_paths(paths, options.overwrite)
+    if out is not None:
+        _check_options(paths, training, options)
     target = load_target(paths.target)
+    init = None
+    if out is not None and paths.init is not None:
+        init, training = load_init(paths.init, target, training)
+    elif out is not None:
+        new_shape(target, training)
     if paths.data is None and not (paths.cache / MANIFEST_FILE).is_file():
         raise PrismError(f"{paths.cache} is not a complete feature cache: pass --data to generate the answers")
-    plan = None
+    planned = None
     if paths.data is not None and world.first:
-        plan = _plan(target, paths, prompts, generation, training, options.online)
+        planned = _plan(target, paths.data, paths.cache, prompts, generation, training, options)
+        if planned.missing and out is not None:
+            check_held_back(planned.plan, options.answers, training)
     if options.dry_run:
-        data = _open_data(target, paths.cache, training, options.online, world) if paths.data is None else None
-        _say(describe_run(target, plan, options.answers, data, training, world))
+        if world.first:
+            _describe(target, planned, paths, training, init, options, world)
+        world.barrier()
         return
-    if plan is not None:
-        _generate(plan, paths, options, world.device)
+    if planned is not None:
+        generate(planned.plan, paths.cache, options.answers, options.slots, world.device, _say)
+        # Beside the cache, which holds nothing but what its manifest lists.
+        planned.report.save(paths.cache.with_name(f"{paths.cache.name}.data.json"))
     world.barrier()
     if out is None:
         return
 
-    data = _open_data(target, paths.cache, training, options.online, world)
-    paths.work.mkdir(parents=True, exist_ok=True)
-    init = load_drafter(paths.init, target) if paths.init is not None else None
+    data = _open_data(target, paths.cache, training, options.online, world.device)
+    with writing(paths.work):
+        paths.work.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(target, data, training, paths.work, init, world)
+    if world.first and training.hold_back and not trainer.simulates:
+        _say(_NOTHING_SIMULATED)
     with observers(training, paths.work, options.wandb, world) as watching:
         result = trainer.run(watching)
     if not world.first:
@@ -130,64 +156,133 @@ def run_training(
     _say(f"wrote {out}")
 
 
-def _open_data(
-    target: Target, directory: Path, training: TrainConfig, online: bool, world: World
-) -> FeatureCache | OnlineFeatures:
-    """The training data of `directory`, with features from there or from the target."""
-    if not online:
-        return FeatureCache(directory, target, training.features)
-    cache = FeatureCache(directory, target, "none")
-    layers = captured_layers(target.config, training.features)
-    limits = EngineLimits(1, int(cache.lengths.max()), _TOKENS_PER_CALL)
-    if world.device.type == "cpu":
-        return OnlineFeatures(cache, make_engine(target, None, limits, None, layers), len(layers))
-    engine = TorchEngine(target, None, limits, world.device, torch.bfloat16, layers)
-    return OnlineFeatures(cache, engine, len(layers))
+def _check_paths(paths: RunPaths, overwrite: bool) -> None:
+    """Refuse places that cannot be written to."""
+    out = paths.out
+    if out is not None and out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
+        raise PrismError(f"{out} already exists: choose another --out or pass --overwrite")
+    places = ({} if out is None else {"--out": out.parent}) | {"--work": paths.work, "--cache": paths.cache}
+    for option, path in places.items():
+        if not (place := nearest_existing(path)).is_dir():
+            raise PrismError(f"{place} is a file, so nothing can be written below it: choose another {option}")
+
+
+def _check_options(paths: RunPaths, training: TrainConfig, options: RunOptions) -> None:
+    """Refuse what no training can be carried out with."""
+    if paths.init is None and not any(stage.updates for stage in stages(training)):
+        raise PrismError(
+            "no stage has updates, so the drafter would stay random: raise --one-step-updates, or pass --init with "
+            "the drafter to start from"
+        )
+    if options.wandb is not None:
+        require_wandb()
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """Answers that a run asks for."""
+
+    plan: GenerationPlan
+    report: DataReport
+    missing: dict[int, list[int]]
+    """See `missing_answers`."""
 
 
 def _plan(
     target: Target,
-    paths: RunPaths,
+    data: Path,
+    cache: Path,
     prompts: PromptConfig,
     settings: GenerationConfig,
     training: TrainConfig,
-    online: bool,
-) -> GenerationPlan:
-    assert paths.data is not None
-    ids, report = prepare_prompts(paths.data, target.tokenizer, settings.max_prompt_tokens, prompts)
+    options: RunOptions,
+) -> _Planned:
+    ids, report = prepare_prompts(data, target.tokenizer, settings.max_prompt_tokens, prompts)
     for line in report.lines():
         _say(line)
-    # Beside the cache, which holds nothing but what its manifest lists.
-    report.save(paths.cache.with_name(f"{paths.cache.name}.data.json"))
-    layers = captured_layers(target.config, "none" if online else training.features)
-    kept = planned_layers(paths.cache)
+    layers = captured_layers(target.config, "none" if options.online else training.features)
+    kept = planned_layers(cache)
     # A cache with more features than this training needs serves it as well.
-    return plan_generation(ids, settings, target, kept if set(layers) <= set(kept) else layers)
+    plan = plan_generation(ids, settings, target, kept if set(layers) <= set(kept) else layers)
+    return _Planned(plan, report, missing_answers(plan, cache, options.answers))
 
 
-def _generate(plan: GenerationPlan, paths: RunPaths, options: RunOptions, device: torch.device) -> None:
-    threads = torch.get_num_threads()
-    own_threads = ExitStack()
+def _open_data(
+    target: Target, directory: Path, training: TrainConfig, online: bool, device: torch.device
+) -> FeatureCache | OnlineFeatures:
+    """The training data of `directory`, with features from there or from the target."""
+    if not online:
+        return FeatureCache(directory, target, training.features)
+    return _with_features(FeatureCache(directory, target, "none"), target, training, device)
 
-    def open_engine() -> Engine:
-        context = max(map(len, plan.prompts)) + plan.settings.max_new_tokens
-        limits = EngineLimits(options.slots, context, max(_TOKENS_PER_CALL, options.slots))
-        engine = make_engine(plan.target, None, limits, threads, plan.feature_layers, device)
-        if not isinstance(engine, TorchEngine):
-            own_threads.enter_context(torch_threads(1))
-        return engine
 
-    total = len(plan.prompts) if options.answers is None else min(options.answers, len(plan.prompts))
-    with own_threads, progress("answering", total) as reporter:
-        shown = 0
+def _with_features(
+    tokens: FeatureCache | RandomSequences, target: Target, training: TrainConfig, device: torch.device
+) -> OnlineFeatures:
+    """Sequences of tokens with features from the target."""
+    layers = captured_layers(target.config, training.features)
+    limits = EngineLimits(1, int(tokens.lengths.max()), TOKENS_PER_CALL)
+    engine: Engine
+    if device.type == "cpu":
+        engine = make_engine(target, None, limits, None, layers)
+    else:
+        engine = TorchEngine(target, None, limits, device, torch.bfloat16, layers)
+    return OnlineFeatures(cast(FeatureCache, tokens), engine, len(layers))
 
-        def listen(now: GenerationProgress) -> None:
-            nonlocal shown
-            reporter.advance(now.answered - shown)
-            shown = now.answered
-            reporter.describe(f"answering, {now.tokens_per_second:,.0f} tokens/s")
 
-        regenerate(plan, open_engine, paths.cache, options.answers, _say, listen)
+def _describe(
+    target: Target,
+    planned: _Planned | None,
+    paths: RunPaths,
+    training: TrainConfig,
+    init: Drafter | None,
+    options: RunOptions,
+    world: World,
+) -> None:
+    """Say what the run needs, measured by this process alone.
+
+    Raises:
+        PrismError: the disk has no room for the answers.
+    """
+    need = 0
+    if planned is not None and planned.missing:
+        with ExitStack() as own_threads:
+            engine = open_engine(planned.plan, options.slots, world.device, torch.get_num_threads(), own_threads)
+            lines, need = describe_answers(planned.plan, planned.missing, options.answers, engine, paths.cache)
+            del engine
+        _say("\n".join(lines))
+    if paths.out is not None:
+        data, probed = _probed(target, planned, paths, training, options, world.device)
+        if training.hold_back and not data.greedy.any():
+            _say(_NOTHING_SIMULATED)
+        lines, size = describe_training(target, data, probed, init, world, paths.work)
+        _say("\n".join(lines))
+        same_disk = nearest_existing(paths.work).stat().st_dev == nearest_existing(paths.cache).stat().st_dev
+        if free_bytes(paths.work) < size + (need if same_disk else 0):
+            _say(f"warning: {paths.work} has no room for the checkpoints: pass --work on a larger disk")
+    if free_bytes(paths.cache) < need:
+        raise PrismError(
+            f"the feature cache may not fit into {paths.cache}: pass --cache on a larger disk, or a smaller --answers "
+            "or --max-new-tokens"
+        )
+
+
+def _probed(
+    target: Target,
+    planned: _Planned | None,
+    paths: RunPaths,
+    training: TrainConfig,
+    options: RunOptions,
+    device: torch.device,
+) -> tuple[Sequences, TrainConfig]:
+    """What training is measured on: the cache, or as long as it is not complete, sequences like those planned."""
+    if planned is None or ((paths.cache / MANIFEST_FILE).is_file() and not planned.missing):
+        return _open_data(target, paths.cache, training, options.online, device), training
+    layers = () if options.online else captured_layers(target.config, training.features)
+    sequences = RandomSequences(planned.plan, layers)
+    few = min(training.hold_back, len(sequences.lengths) // 2)
+    probed = training.model_copy(update={"hold_back": few})
+    return _with_features(sequences, target, training, device) if options.online else sequences, probed
 
 
 @contextmanager
@@ -195,7 +290,7 @@ def observers(training: TrainConfig, work: Path, wandb: str | None, world: World
     """The observers of a run: progress on the terminal, TensorBoard, and W&B where asked; none past the first rank.
 
     Raises:
-        PrismError: W&B is asked for but not installed.
+        PrismError: W&B is asked for but not installed, or the logs cannot be written.
     """
     if not world.first:
         yield []
@@ -218,6 +313,8 @@ def _provenance(
     command: list[str],
 ) -> dict[str, Any]:
     manifest = read_manifest(paths.cache, MANIFEST_FILE, KIND)
+    acceptance = result.acceptance
+    simulated = {} if acceptance is None or not acceptance.roots else {"simulated_acceptance": asdict(acceptance)}
     return {
         "command": command,
         "data_sha256": None if paths.data is None else sha256_file(paths.data),
@@ -228,7 +325,7 @@ def _provenance(
         "threads": torch.get_num_threads(),
         "processes": world.size,
         "device": world.device.type,
-        "simulated_acceptance": None if result.acceptance is None else asdict(result.acceptance),
+        **simulated,
         "vocabulary_loss": None if result.vocabulary is None else asdict(result.vocabulary),
         "versions": {
             "prism_trt": prism_trt.__version__,

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from prism_trt.config import SIMULATED_STEPS
 from prism_trt.drafter.model import Drafter
 from prism_trt.train.alignment import aligned_steps
 from prism_trt.train.batch import PackedBatch
 from prism_trt.train.losses import CHUNK_ROWS
 
-STEPS = 5
+STEPS = SIMULATED_STEPS
 CHOICES = 4
 
 
@@ -27,6 +28,7 @@ class SimulatedAcceptance:
     """Acceptance of a chain of 5 steps over all roots that have 5 following tokens."""
 
     roots: int
+    """How many there are; the shares and lengths of none say nothing."""
     top1: tuple[float, ...]
     """Per step: share of roots whose first choice is right given the true tokens before it."""
     top4: tuple[float, ...]
@@ -35,6 +37,8 @@ class SimulatedAcceptance:
     """Acceptance length of a greedy chain: 1 + the mean number of leading right steps."""
     chain_top4: float
     """The same when each step counts as right by its first four choices: a bound for trees of width 4."""
+    agreement: float | None = None
+    """Share of all roots, followed by 5 tokens or not, where step 0 agrees with the target as training measures it."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ def simulate_acceptance(
     batches: Iterable[PackedBatch],
     compute: torch.dtype,
     whole_vocabulary: bool = False,
+    teacher_head: Tensor | None = None,
 ) -> SimulatedAcceptance:
     """Simulate on packed greedy answers.
 
@@ -65,13 +70,18 @@ def simulate_acceptance(
         head: [D, h] the head rows that `drafter` predicts with.
         compute: dtype of the matrix products.
         whole_vocabulary: `head` is [V, h] instead, and every token can be predicted.
+        teacher_head: [D, H] the target's head rows of the draft vocabulary, to measure the agreement.
     """
     head = head.to(compute)
     hits: list[Tensor] = []
+    agreed: list[Tensor] = []
     for batch in batches:
         usable = batch.remaining >= STEPS - 1
         with torch.autocast(head.device.type, torch.bfloat16, enabled=compute == torch.bfloat16):
             hidden = aligned_steps(drafter, embedding, batch, STEPS)
+        if teacher_head is not None:
+            choices = _first_choices(hidden[0], head), _first_choices(batch.teacher_features, teacher_head.to(compute))
+            agreed.append((choices[0] == choices[1]).cpu())
         ranks = []
         for step, states in enumerate(hidden):
             labels = batch.next_tokens.roll(-step)[usable]
@@ -87,6 +97,7 @@ def simulate_acceptance(
         top4=tuple((four.sum(0) / count).tolist()),
         chain=1 + float(first.cumprod(1).sum()) / count,
         chain_top4=1 + float(four.cumprod(1).sum()) / count,
+        agreement=float(torch.cat(agreed).double().mean()) if agreed else None,
     )
 
 
@@ -113,6 +124,12 @@ def _drafted(drafter: Drafter, labels: Tensor) -> Tensor:
     vocab = vocab.to(labels.device)
     index = torch.searchsorted(vocab, labels).clamp(max=len(vocab) - 1)
     return torch.where(vocab[index] == labels, index, -1)
+
+
+def _first_choices(states: Tensor, head: Tensor) -> Tensor:
+    """[n] int64: the rows of `head` that score highest."""
+    pieces = states.to(head.dtype).split(CHUNK_ROWS)
+    return torch.cat([functional.linear(piece, head).argmax(-1) for piece in pieces])
 
 
 def _ranks(states: Tensor, head: Tensor, labels: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ def step_map_of_difficulty(acceptance: Sequence[float], modules: int) -> tuple[i
     Step 0 reads true features and every later step its predecessor's, so modules serve runs of neighbouring steps.
 
     Args:
-        acceptance: measured share of right first choices of steps 0, 1, ...; at least `modules` of them.
+        acceptance: measured share of right first choices of steps 0, 1, ..., those that tuning trains; at least
+            `modules` of them.
 
     Raises:
         ValueError: there are fewer steps than modules.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -57,6 +57,10 @@ class World:
     def first(self) -> bool:
         """This process writes files and reports."""
         return self.rank == 0
+
+    def alone(self) -> World:
+        """A world of this process only, on the same device."""
+        return replace(self, rank=0, size=1)
 
     def wrap(self, objective: nn.Module) -> nn.Module:
         """`objective` on this rank's device, its gradients summed over the ranks (its parameters sharded with fsdp)."""

@@ -11,7 +11,7 @@ from prism_trt.config import DrafterConfig
 from prism_trt.drafter.checkpoint import weights_sha256
 from prism_trt.drafter.model import Drafter
 from prism_trt.errors import PrismError
-from prism_trt.manifest import atomic_directory, write_manifest
+from prism_trt.manifest import atomic_directory, has_any, write_manifest
 from prism_trt.target.config import TargetConfig
 from prism_trt.target.loading import Target
 from prism_trt.trtllm.description import checkpoint_config
@@ -59,7 +59,7 @@ def export_checkpoint(
     step_map = tuple(drafter.module_of_step(step) for step in range(options.tree.depth))
     fp8, fp8_nets = bool(scales), quantizes_nets(scales)
     config = checkpoint_config(target.config, drafter.config, step_map, options, fp8, fp8_nets)
-    with atomic_directory(directory, overwrite) as temporary:
+    with atomic_directory(directory, overwrite, has_any(MANIFEST_FILE)) as temporary:
         for rank in range(options.ranks):
             file = temporary / f"rank{rank}.safetensors"
             size = write_safetensors(file, rank_tensors(target, drafter, options, rank, scales))

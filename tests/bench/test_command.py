@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from prism_trt.bench import runner
 from prism_trt.bench.app import app
+from prism_trt.bench.journal import Journal
 from prism_trt.bench.methods import engine_info
 from prism_trt.bench.results import BenchResult
 from prism_trt.errors import PrismError
@@ -96,6 +97,26 @@ def test_an_interrupted_run_continues(
     assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
 
 
+def test_a_journal_without_an_answer_is_begun_afresh(
+    engine_directories: dict[str, Path], question_files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--engine", engine_directories["good"], "--questions", question_files[0], "--max-new-tokens", 8]
+    arguments += ["--json", tmp_path / "r.json", "--threads", 1, "--per-set", 1]
+    journal = tmp_path / "r.json.partial"
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "remove", lambda journal: None)
+        assert run(*arguments).exit_code == 0
+    head, answer = journal.read_text().splitlines()
+    for left in (head[:20], f"{head}\n", f"{head}\n{answer[:20]}"):
+        journal.write_text(left)
+        with monkeypatch.context() as patch:
+            patch.setattr(Journal, "remove", lambda journal: None)
+            assert run(*arguments).exit_code == 0
+        assert len(journal.read_text().splitlines()) == 2
+        assert "1 of 1 questions were answered earlier" in run(*arguments).output
+
+
 def test_a_damaged_journal_is_refused(
     engine_directories: dict[str, Path], question_files: list[Path], tmp_path: Path
 ) -> None:
@@ -121,6 +142,13 @@ def test_mistakes_end_with_one_sentence(
     questions = ["--questions", question_files[0]]
     for arguments, sentence in (
         ([*engine, "--questions", bad], "line 2 is not valid JSON"),
+        (
+            [*engine[:2], *questions, "--json", bad / "r.json"],
+            r"bad.jsonl/r.json \(File exists\): choose another path",
+        ),
+        ([*engine, *questions, "--plots", bad], "choose another path, or move what is there"),
+        ([*engine, *questions, "--temperature", "inf"], "temperatures.0: Input should be a finite number"),
+        ([*engine, *questions, "--seed", "99999999999999999999"], "seed: Input should be less than"),
         ([*engine, *questions, "--tree", "100/2/2"], "size 100 needs 99 drafted nodes"),
         ([*engine, *questions, "--reference", "hass"], "the reference hass is not among the drafting methods"),
         ([*engine, *questions, "--max-new-tokens", 250], "none of the 3 prompts fits the context of 256"),

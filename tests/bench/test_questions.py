@@ -40,6 +40,13 @@ def test_takes_a_window_of_each_set(tmp_path: Path) -> None:
         load_questions(files, skip_first=6)
 
 
+def test_every_line_break_but_the_newline_may_be_in_a_question(tmp_path: Path) -> None:
+    turn = "one\u2028two\x85three"
+    path = tmp_path / "set.jsonl"
+    path.write_text("\ufeff" + json.dumps({"question_id": 1, "turns": [turn]}, ensure_ascii=False) + "\r\n")
+    assert load_questions([path])[0].turns == (turn,)
+
+
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
@@ -51,6 +58,8 @@ def test_takes_a_window_of_each_set(tmp_path: Path) -> None:
         ({"question_id": 2, "turns": [3]}, "line 2: turns.0"),
         ({"question_id": 2, "turns": ["  "]}, "line 2 has an empty turn"),
         ({"question_id": None, "turns": ["a"]}, "line 2: question_id"),
+        ({"question_id": 2, "turns": ["\ud800"]}, "line 2 holds half a character"),
+        ("[" * 100_000, "line 2 is nested too deeply"),
         ({"question_id": 1, "turns": ["a"]}, "line 2 repeats question_id 1"),
     ],
 )

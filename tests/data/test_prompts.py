@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from prism_trt.data.accounting import DataReport
+from prism_trt.data.masks import mask_answers
 from prism_trt.data.prompts import PromptConfig, prepare_prompts, tokenize_prompts
 from prism_trt.data.reading import read_records
 from prism_trt.data.turns import planned_prompts
 from prism_trt.errors import PrismError
 from prism_trt.target.tokenizer import Tokenizer, TokenizerSettings
 from tests.data.chat_templates import GEMMA, WITHOUT_GENERATION_PROMPT
-from tests.tiny import tiny_tokenizer
+from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
 
 
 def write(path: Path, *records: Any) -> Path:
@@ -98,6 +101,36 @@ def test_conversations_that_the_template_refuses_are_counted() -> None:
     assert (len(prompts.prompts), prompts.refused) == (1, 1)
     with pytest.raises(PrismError, match="System role not supported"):
         tokenize_prompts([system], GEMMA.tokenizer(), max_tokens=60)
+
+
+def test_a_template_with_the_date_gives_the_same_prompts_on_every_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Tomorrow(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Tomorrow:
+            return super().now(tz) + timedelta(days=1)
+
+    template = "{{ strftime_now('%d %b %Y %H:%M:%S') }} " + CHAT_TEMPLATE
+    settings = tiny_tokenizer().settings.model_copy(update={"chat_template": template})
+    tokenizer = Tokenizer(tiny_tokenizer()._fast, settings)
+    messages = [user("dog"), {"role": "assistant", "content": "yes"}]
+    today = tokenize_prompts([messages[:1]], tokenizer, max_tokens=200), mask_answers(messages, tokenizer)
+    served = tokenizer.render_chat(messages)
+    monkeypatch.setattr("prism_trt.target.tokenizer.datetime", Tomorrow)
+    tokenizer = Tokenizer(tiny_tokenizer()._fast, settings)
+    assert (tokenize_prompts([messages[:1]], tokenizer, 200), mask_answers(messages, tokenizer)) == today
+    assert tokenizer.render_chat(messages) != served
+
+
+def test_a_pipe_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(PrismError, match=r"pipe is not a regular file, .*: pass the path of a file"):
+        read_records(tmp_path / "pipe")
+    reading, writing = os.pipe()
+    os.write(writing, b'{"prompt": "dog"}')
+    os.close(writing)
+    with pytest.raises(PrismError, match="is not a regular file"):
+        read_records(Path(f"/dev/fd/{reading}"))
+    os.close(reading)
 
 
 LONG = "why does the quick brown fox jump over the lazy dog that sleeps under the old apple tree all day"

@@ -1,6 +1,6 @@
-"""Two servers behind the real nginx with the shipped configuration, one of them killed under load.
+"""Servers behind the real nginx with the shipped configuration: killed under load, asked to stop, silent for long.
 
-Requests go over gRPC and through the front end in turn.
+Where one is killed, requests go over gRPC and through the front end in turn.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ import re
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import httpx
@@ -22,6 +24,7 @@ import openai
 import psutil
 import pytest
 import tritonclient.grpc as grpcclient
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 from prism_trt.client.generate import Options, stream_generate
@@ -33,26 +36,43 @@ from tests.deploy.load import LONG
 from tests.frontend.conftest import Frontend, running
 
 STOPPED = re.compile(r'^prism_failed_requests_total{.*cause="cancelled".*} (\S+)$', re.MULTILINE)
+MILLISECONDS = {"s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 REQUESTS, AT_ONCE = 60, 8
 OPTIONS = Options(max_tokens=120, chat=False, timeout=60)
 
 
 @contextmanager
-def nginx(servers: list[TritonServer], directory: Path) -> Iterator[str]:
-    """nginx with the shipped configuration, its addresses replaced; yields its own."""
+def nginx(servers: tuple[str, str], directory: Path, faster: int = 1) -> Iterator[str]:
+    """nginx with the shipped configuration, its addresses replaced; yields its own.
+
+    Debian's knows no `resolve`, which addresses do not need.
+
+    Args:
+        servers: gRPC addresses.
+        directory: for its files.
+        faster: divides the times for which it waits for servers and clients.
+    """
     binary = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
     assert binary, "this test needs nginx: install your system's nginx package"
     address = f"127.0.0.1:{free_port()}"
     text = (resource("deploy") / "nginx.conf").read_text()
     replacements = {
-        "triton-a:8001": servers[0].grpc_url,
-        "triton-b:8001": servers[1].grpc_url,
+        "triton-a:8001": servers[0],
+        "triton-b:8001": servers[1],
+        " resolve;": ";",
         "listen 8001": f"listen {address}",
         "/tmp/": f"{directory}/",
     }
     for old, new in replacements.items():
         assert old in text
         text = text.replace(old, new)
+    for name in ("client_body_timeout", "grpc_read_timeout"):
+        text, count = re.subn(
+            rf"({name}) (\d+)([smhd]);",
+            lambda time: f"{time[1]} {int(time[2]) * MILLISECONDS[time[3]] // faster}ms;",
+            text,
+        )
+        assert count == 1
     configuration = directory / "nginx.conf"
     configuration.write_text(text)
     subprocess.run([binary, "-t", "-c", str(configuration)], check=True)
@@ -96,7 +116,7 @@ def test_no_request_vanishes_when_a_server_is_killed(repository: Path, tmp_path:
     with (
         TritonServer(repository) as dying,
         TritonServer(repository) as other,
-        nginx([dying, other], tmp_path) as address,
+        nginx((dying.grpc_url, other.grpc_url), tmp_path) as address,
         running(address, "--timeout", str(OPTIONS.timeout)) as frontend,
     ):
         whole = "".join(text for text, _ in over_grpc(other.grpc_url))
@@ -137,7 +157,7 @@ def test_requests_are_stopped_on_the_server_that_runs_them(repository: Path, tmp
     with (
         TritonServer(repository) as one,
         TritonServer(repository) as other,
-        nginx([one, other], tmp_path) as address,
+        nginx((one.grpc_url, other.grpc_url), tmp_path) as address,
         running(address) as frontend,
     ):
         streams = [stream_generate(address, "fox", Options(max_tokens=LONG)) for _ in range(SLOTS)]
@@ -155,3 +175,41 @@ def test_requests_are_stopped_on_the_server_that_runs_them(repository: Path, tmp
             stopped = [float(found[1]) for page in pages if (found := STOPPED.search(page))]
         assert sum(stopped) == 2 * SLOTS
         assert min(stopped) > 0
+
+
+class SilentServer(service_pb2_grpc.GRPCInferenceServiceServicer):
+    """Answers each request with several responses, each after the seconds that stand in the request's id."""
+
+    def ModelStreamInfer(self, request_iterator: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
+        for seconds in next(request_iterator).id.split():
+            time.sleep(float(seconds))
+            yield service_pb2.ModelStreamInferResponse()
+
+
+@pytest.mark.slow
+def test_how_long_a_server_may_be_silent_is_left_to_the_client(tmp_path: Path) -> None:
+    server = grpc.server(ThreadPoolExecutor(4))
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(SilentServer(), server)
+    own = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    answered = threading.Event()
+
+    def requests(silences: str) -> Iterator[Any]:
+        yield service_pb2.ModelInferRequest(id=silences)
+        # As our clients do: another request on the stream may stop the first.
+        answered.wait(60)
+
+    try:
+        # A second stands for more than a quarter of an hour.
+        with nginx((own, own), tmp_path, faster=1000) as address, grpc.insecure_channel(address) as channel:
+            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            for silences in ("2", "0.1 2 0.1", "0.1 " * 20):
+                answered.clear()
+                call = stub.ModelStreamInfer(requests(silences))
+                for _ in silences.split():
+                    next(call)
+                answered.set()
+                assert list(call) == []
+    finally:
+        answered.set()
+        server.stop(None)

@@ -17,13 +17,19 @@ import pytest
 import yaml
 
 from prism_trt.config import TreeShape
-from prism_trt.deploy.server import TritonServer, free_port
+from prism_trt.deploy.server import HOST, TritonFiles, TritonServer, free_port
 from prism_trt.resources import resource
 from tests.deploy.grpc import ask
 
 FILES = resource("deploy")
 FIRST_SOUND_TRITON = (25, 7)
 """docs/operations.md says why."""
+FIRST_RESOLVING_NGINX = (1, 28)
+"""The first stable branch in which an upstream's addresses may change."""
+MODELS = "/models"
+"""Where containers have the model repository."""
+ELSEWHERE = "127.0.0.2"
+"""Another address of this machine than `HOST`."""
 OF_PROMETHEUS = {"up"}
 """Metrics that Prometheus adds itself."""
 KINDS = {
@@ -110,6 +116,58 @@ def test_compose_file_fits_the_compose_specification(tmp_path: Path) -> None:
     assert subprocess.run([*check, str(tmp_path / "compose.yaml")], capture_output=True, check=False).returncode == 1
 
 
+class ShippedServer(TritonServer):
+    """A server with the arguments of one of the shipped files; `HOST` is the address the tests ask by default."""
+
+    shipped: list[str] = []
+
+    def _command(self, files: TritonFiles, runtime: Path) -> list[str]:
+        own = [
+            argument for argument in super()._command(files, runtime) if re.match(r"--(backend-|\w+-port=)", argument)
+        ]
+        # Compose isolates gRPC by its network alone, which is not there.
+        here = [argument for argument in self.shipped if not argument.startswith("--grpc-address")]
+        return [str(files.server), *here, f"--grpc-address={HOST}", *own]
+
+
+def shipped_arguments(name: str, repository: Path) -> list[str]:
+    """Of a Triton server, by the file `name`."""
+    arguments: list[str] = (
+        yaml.safe_load((FILES / "compose.yaml").read_text())["services"]["triton-a"]["command"]
+        if name == "compose"
+        else manifest("deployment")["spec"]["template"]["spec"]["containers"][0]["args"]
+    )
+    assert f"--model-repository={MODELS}" in arguments
+    return [
+        re.sub(r"\$[({]ADMIN_KEY[^)}]*[)}]", "secret", argument).replace(MODELS, str(repository))
+        for argument in arguments
+    ]
+
+
+@pytest.mark.parametrize("name", ["compose", "deployment"])
+def test_prometheus_reaches_the_metrics_from_elsewhere_and_nobody_http(name: str, repository: Path) -> None:
+    server = ShippedServer(repository)
+    server.shipped = shipped_arguments(name, repository)
+    with server:
+        assert 'prism_requests{state="waiting"' in httpx.get(server.metrics_url.replace(HOST, ELSEWHERE)).text
+        assert httpx.get(f"{server.http_url}/v2/models/prism/ready").status_code == 200
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(server.http_url.replace(HOST, ELSEWHERE))
+
+
+def test_every_server_has_one_gpu_of_its_own() -> None:
+    services = yaml.safe_load((FILES / "compose.yaml").read_text())["services"]
+    (one,), (other,) = (
+        services[name]["deploy"]["resources"]["reservations"]["devices"] for name in ("triton-a", "triton-b")
+    )
+    assert len(one["device_ids"]) == len(other["device_ids"]) == 1
+    defaults = [re.fullmatch(r"\$\{\w+:-(\d+)\}", device["device_ids"][0]) for device in (one, other)]
+    assert [found and found[1] for found in defaults] == ["0", "1"]
+    triton = manifest("deployment")["spec"]["template"]["spec"]["containers"][0]
+    for amounts in triton["resources"].values():
+        assert amounts["nvidia.com/gpu"] == "1"
+
+
 def test_no_file_allows_a_triton_with_known_flaws() -> None:
     named = {
         (path.name, (int(year), int(month)))
@@ -124,6 +182,26 @@ def test_no_file_allows_a_triton_with_known_flaws() -> None:
 def test_nginx_configuration_parses() -> None:
     parsed = crossplane.parse(str(FILES / "nginx.conf"), strict=True)
     assert (parsed["status"], parsed["errors"]) == ("ok", [])
+
+
+def test_nginx_finds_servers_that_come_back_elsewhere() -> None:
+    (http,) = (
+        directive["block"]
+        for directive in crossplane.parse(str(FILES / "nginx.conf"))["config"][0]["parsed"]
+        if directive["directive"] == "http"
+    )
+    assert ["127.0.0.11", "valid=5s", "ipv6=off"] in [
+        directive["args"] for directive in http if directive["directive"] == "resolver"
+    ]
+    (upstream,) = (directive["block"] for directive in http if directive["directive"] == "upstream")
+    assert "zone" in [directive["directive"] for directive in upstream]
+    servers = [directive["args"] for directive in upstream if directive["directive"] == "server"]
+    compose = yaml.safe_load((FILES / "compose.yaml").read_text())["services"]
+    assert [arguments[0].partition(":")[0] for arguments in servers] == [name for name in compose if "triton" in name]
+    assert all("resolve" in arguments for arguments in servers)
+    tag = re.search(r"(\d+)\.(\d+)-alpine", compose["nginx"]["image"])
+    assert tag
+    assert (int(tag[1]), int(tag[2])) >= FIRST_RESOLVING_NGINX
 
 
 def names_in(expression: str) -> set[str]:
@@ -143,16 +221,20 @@ def names_in(expression: str) -> set[str]:
     return found
 
 
+def autoscaler_query(labels: str, matchers: str) -> str:
+    """What prometheus-adapter makes of its rule, for the pods that have `matchers`."""
+    (rule,) = manifest("prometheus-adapter")["rules"]["custom"]
+    query: str = rule["metricsQuery"].replace("<<.Series>>", rule["seriesQuery"].partition("{")[0])
+    return query.replace("<<.GroupBy>>", labels).replace("<<.LabelMatchers>>", matchers)
+
+
 def expressions() -> list[str]:
     """Every query of the dashboard, the alerts and the autoscaler's metric."""
     dashboard = json.loads((FILES / "monitoring" / "grafana" / "prism.json").read_text())
     found = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
     alerts = yaml.safe_load((FILES / "monitoring" / "alerts.yaml").read_text())
     found += [rule["expr"] for group in alerts["groups"] for rule in group["rules"]]
-    (rule,) = manifest("prometheus-adapter")["rules"]["custom"]
-    series = rule["seriesQuery"].partition("{")[0]
-    query = rule["metricsQuery"].replace("<<.Series>>", series).replace("<<.GroupBy>>", "pod")
-    found.append(query.replace("<<.LabelMatchers>>", 'pod="a"'))
+    found.append(autoscaler_query("pod", 'pod="a"'))
     return [expression.replace("$__rate_interval", "5m") for expression in found]
 
 

@@ -140,6 +140,30 @@ def test_an_engine_failure_ends_its_requests_only(engine: FragileEngine, schedul
     assert "".join(after.pieces) == text
 
 
+def test_a_request_that_cannot_be_started_gets_an_answer(
+    engine: FragileEngine, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = generation(engine)
+    text = expected(engine, wanted)
+    broken = replace(wanted.request, prompt=[5, 6])
+    add = scheduler._decoder.add
+
+    def fragile(request: Request) -> int:
+        if request is broken:
+            raise RuntimeError("no memory for it")
+        return add(request)
+
+    monkeypatch.setattr(scheduler._decoder, "add", fragile)
+    engine.go.clear()
+    running = submit(scheduler, wanted)
+    assert engine.entered.wait(60)
+    lost, other = submit(scheduler, Generation(broken, True, "")), submit(scheduler, wanted)
+    engine.go.set()
+    assert all(reply.ended.wait(60) for reply in (running, lost, other))
+    assert lost.failure == ("internal", "the engine failed: see the server's log")
+    assert "".join(running.pieces) == "".join(other.pieces) == text
+
+
 def test_a_broken_reply_does_not_disturb_others(engine: FragileEngine, scheduler: Scheduler) -> None:
     wanted = generation(engine)
     text = expected(engine, wanted)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import http.client
+import math
 import os
 import queue
+import re
 import shutil
 import signal
 import socket
@@ -21,13 +23,22 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from typer.testing import CliRunner
 
 from prism_trt.client.generate import Options, stream_generate
 from prism_trt.deploy import keeper
-from prism_trt.deploy.app import _Stop, _StopSignals
+from prism_trt.deploy.app import _check_seconds, _Stop, _StopSignals, app
 from prism_trt.deploy.readiness import READY, Readiness
 from prism_trt.deploy.repository import MANIFEST
-from prism_trt.deploy.server import TritonServer, find_triton, free_port, preflight, server_environment, sweep
+from prism_trt.deploy.server import (
+    TritonServer,
+    find_triton,
+    free_port,
+    make_runtime_directory,
+    preflight,
+    server_environment,
+    sweep,
+)
 from prism_trt.deploy.supervisor import Supervision, Supervisor
 from prism_trt.errors import PrismError
 from tests.deploy.conftest import SLOTS
@@ -69,11 +80,13 @@ def launch(engine_path: Path, tmp_path: Path) -> Iterator[Launch]:
     """Starts `python -m prism_trt.deploy --run`; kills it at the end if it is still there."""
     processes = []
 
-    def start(grpc_port: int | None = None, grace: int = 0, readiness_port: int | None = None) -> subprocess.Popen[str]:
+    def start(
+        grpc_port: int | None = None, grace: int = 0, readiness_port: int | None = None, options: tuple[str, ...] = ()
+    ) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "prism_trt.deploy", "--engine", engine_path, "--out", tmp_path / "repository"]
         command += ["--run", "--threads", 1, "--grace", grace, "--grpc-port", grpc_port or free_port()]
         command += ["--http-port", free_port(), "--metrics-port", free_port()]
-        command += ["--readiness-port", readiness_port or free_port(), "--start-timeout", 10 * PATIENCE]
+        command += ["--readiness-port", readiness_port or free_port(), "--start-timeout", 10 * PATIENCE, *options]
         processes.append(
             subprocess.Popen(
                 [str(part) for part in command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -115,6 +128,88 @@ def test_deploy_run_until_a_signal(launch: Launch, number: int) -> None:
     assert errors == ""
     assert_gone(started, process.pid)
     stream.close()
+
+
+def test_a_server_that_was_stopped_is_started_again_by_the_same_command(launch: Launch, tmp_path: Path) -> None:
+    for _ in range(2):
+        process = launch()
+        await_line(process, "serving prism")
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
+    changed = launch(options=("--backlog", "3"))
+    _, errors = changed.communicate(timeout=PATIENCE)
+    assert changed.returncode == 2
+    assert errors.endswith("repository already exists: choose another output path or pass --overwrite\n")
+    assert errors.count("\n") == 1
+
+
+def test_the_operators_key_opens_the_repository_and_only_triton_shows_it(launch: Launch, tmp_path: Path) -> None:
+    key, http_port = "a-key-of-the-operator", free_port()
+    (tmp_path / "key").write_text(key + "\n")
+    process = launch(options=("--admin-key-file", str(tmp_path / "key"), "--http-port", str(http_port)))
+    await_line(process, "serving prism")
+    showing = [one.name() for one in (psutil.Process(process.pid), *below(process.pid)) if key in str(one.cmdline())]
+    assert showing == ["tritonserver"]
+    for action in ("unload", "load"):
+        for headers, status in (({}, 403), ({"admin-key": key}, 200)):
+            connection = http.client.HTTPConnection("127.0.0.1", http_port, timeout=PATIENCE)
+            with contextlib.closing(connection):
+                connection.request("POST", f"/v2/repository/models/prism/{action}", headers=headers)
+                assert connection.getresponse().status == status
+    process.terminate()
+    output, errors = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, output, errors) == (0, "stopping\nstopped\n", "")
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--start-timeout", "inf"], "--start-timeout is inf: name seconds, at most 86400"),
+        (["--hang-timeout", "inf"], "--hang-timeout is inf"),
+        (["--grace", "1e300"], r"--grace is 1e\+300"),
+        (["--grpc-port", "21002", "--metrics-port", "21002"], "--grpc-port and --metrics-port are both 21002: choose"),
+        (["--readiness-port", "8000"], "--http-port and --readiness-port are both 8000"),
+        (["--admin-key-file", "absent"], "cannot read the key absent: No such file"),
+    ],
+)
+def test_bad_options_are_one_sentence_and_nothing_is_written(
+    engine_path: Path, tmp_path: Path, options: list[str], sentence: str
+) -> None:
+    out = tmp_path / "out"
+    result = CliRunner().invoke(app(), ["--engine", str(engine_path), "--out", str(out), "--run", *options])
+    assert isinstance(result.exception, PrismError)
+    assert re.match(sentence, str(result.exception))
+    assert not out.exists()
+
+
+def test_no_number_of_seconds_is_refused() -> None:
+    with pytest.raises(PrismError, match="--grace is nan: name seconds"):
+        _check_seconds({"--start-timeout": 5.0, "--grace": math.nan})
+
+
+def test_a_key_without_a_server_is_refused(engine_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("a-key-of-the-operator")
+    arguments = [
+        "--engine",
+        str(engine_path),
+        "--out",
+        str(tmp_path / "out"),
+        "--admin-key-file",
+        str(tmp_path / "key"),
+    ]
+    result = CliRunner().invoke(app(), arguments)
+    assert str(result.exception) == "--admin-key-file is for a server: pass --run as well"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_keeper_whose_launcher_died_at_once_leaves_nothing() -> None:
+    runtime, lock = make_runtime_directory()
+    command = [sys.executable, "-I", "-S", keeper.__file__]
+    environment = {**os.environ, keeper.RUNTIME_VARIABLE: str(runtime)}
+    done = subprocess.run(command, env=environment, input=b"", capture_output=True, check=False, timeout=PATIENCE)
+    os.close(lock)
+    assert (done.returncode, done.stdout, done.stderr) == (keeper.STOPPED, b"", b"")
+    assert not runtime.exists()
 
 
 def test_a_second_signal_skips_the_grace_period(launch: Launch) -> None:
@@ -307,6 +402,31 @@ def test_restarts_are_bounded(repository: Path, tmp_path: Path) -> None:
         with pytest.raises(PrismError, match=r"the server could not start: .* is not a valid tokenizer"):
             Supervisor(server, Supervision(**QUICK, restarts=2), Readiness(), said.append).run()
     assert [line.split(":")[0] for line in said] == ["restart 1 of 2 in 0.01 s", "restart 2 of 2 in 0.02 s"]
+
+
+def test_a_server_that_ends_without_a_word(repository: Path) -> None:
+    server = TritonServer(repository)
+    server._keeper = subprocess.Popen([sys.executable, "-c", f"raise SystemExit({keeper.SERVER_ENDED})"])
+    with pytest.raises(PrismError, match=r"^the server ended by itself, and its log does not say why$"):
+        server.wait(PATIENCE)
+
+
+def test_restarts_are_said_with_the_end_of_the_log_and_readiness_without(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, state = TritonServer(repository), Readiness()
+    problem = "the server ended by itself: the end of its log:\nSegmentation fault in /home"
+
+    def ended(_: float | None = None) -> bool:
+        raise PrismError(problem)
+
+    monkeypatch.setattr(server, "wait", ended)
+    monkeypatch.setattr(server, "start", lambda: None)
+    said: list[str] = []
+    with pytest.raises(PrismError, match="Segmentation fault"):
+        Supervisor(server, Supervision(**QUICK, restarts=1), state, said.append).run()
+    assert said[0] == f"restart 1 of 1 in 0.01 s: {problem}"
+    assert state.problem == "the server ended by itself"
 
 
 def test_delays_between_restarts_double_up_to_a_bound() -> None:

@@ -364,6 +364,51 @@ def test_requests_are_stopped_by_another_with_their_id(server: TritonServer) -> 
     assert metric(server, "prism_output_tokens_total") == before + (SLOTS - 1) * LONG
 
 
+def test_a_stop_does_not_reach_the_request_of_another_client(server: TritonServer) -> None:
+    """Both clients number their requests from 1."""
+    ended: list[queue.Queue[tuple[Any, Any]]] = [queue.Queue(), queue.Queue()]
+    stop = {"text_input": "", "max_tokens": 1, "stop": True}
+    with (
+        grpcclient.InferenceServerClient(server.grpc_url) as one,
+        grpcclient.InferenceServerClient(server.grpc_url) as other,
+    ):
+        for raw, answers, user in ((one, ended[0], "one"), (other, ended[1], "other")):
+            raw.start_stream(lambda result, error, answers=answers: answers.put((result, error)))
+            wanted = {"text_input": "fox", "max_tokens": LONG, "end_id": -1, "user": user}
+            raw.async_stream_infer("prism", input_tensors(wanted), request_id="1")
+            raw.async_stream_infer("prism", input_tensors({**wanted, "max_tokens": 1}), request_id="begun")
+            result, error = answers.get(timeout=60)  # so the first has come as well
+            assert error is None
+            assert result.get_response().id == "begun"
+        one.async_stream_infer("prism", input_tensors(stop), request_id="1")
+        _, error = ended[0].get(timeout=60)
+        assert "[INVALID_ARG] 2 open requests have the id of the one to stop: use ids that no" in error.message()
+        one.async_stream_infer("prism", input_tensors({**stop, "user": "one"}), request_id="1")
+        result, error = ended[0].get(timeout=60)
+        assert error is None
+        assert result.as_numpy("finish_reason").item() == b"cancelled"
+        # Somebody who names another user stops nothing; who names none means whoever has the id.
+        one.async_stream_infer("prism", input_tensors({**stop, "user": "one"}), request_id="1")
+        time.sleep(0.3)
+        assert ended[1].empty()
+        other.async_stream_infer("prism", input_tensors(stop), request_id="1")
+        result, error = ended[1].get(timeout=60)
+        assert error is None
+        assert result.as_numpy("finish_reason").item() == b"cancelled"
+        one.stop_stream()
+        other.stop_stream()
+
+
+def test_a_client_that_leaves_a_stream_over_http_is_noticed(server: TritonServer) -> None:
+    before = metric(server, "prism_output_tokens_total")
+    body = json.dumps({"text_input": "fox", "max_tokens": LONG, "stream": True, "end_id": -1}).encode()
+    for _ in range(SLOTS):
+        url = server.http_url + "/v2/models/prism/generate_stream"
+        with urllib.request.urlopen(urllib.request.Request(url, body), timeout=60) as response:
+            assert response.readline().startswith(b"data: ")
+    assert_slots_are_free(server, before)
+
+
 def client(*arguments: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "prism_trt.client", *arguments]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -22,10 +22,12 @@ KEY = "sk-test-only-0123456789"
 
 
 class Frontend:
-    """A running `python -m prism_trt.frontend`."""
+    """A running `python -m prism_trt.frontend`, which may have so many files open."""
 
-    def __init__(self, grpc_url: str, *arguments: str) -> None:
+    def __init__(self, grpc_url: str, *arguments: str, open_files: int | None = None) -> None:
         self.command = [sys.executable, "-m", "prism_trt.frontend", "--port", "0", "--grpc-url", grpc_url, *arguments]
+        if open_files is not None:
+            self.command = ["sh", "-c", f'ulimit -n {open_files}; exec "$0" "$@"', *self.command]
         self.process = subprocess.Popen(
             self.command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -50,9 +52,9 @@ class Frontend:
 
 
 @contextmanager
-def running(grpc_url: str, *arguments: str) -> Iterator[Frontend]:
+def running(grpc_url: str, *arguments: str, open_files: int | None = None) -> Iterator[Frontend]:
     """A front end that is ended with the block."""
-    frontend = Frontend(grpc_url, *arguments)
+    frontend = Frontend(grpc_url, *arguments, open_files=open_files)
     try:
         yield frontend
     finally:

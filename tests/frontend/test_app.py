@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,26 @@ def test_mistakes_are_one_sentence(capsys: pytest.CaptureFixture[str], tmp_path:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert f"cannot listen on 127.0.0.1 port {port}" in sentence(capsys, "--port", port)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "reason"),
+    [
+        ("--timeout", "inf", "--timeout is inf: pass at most 86400 seconds, a day, and at least 0"),
+        ("--timeout", "1e300", "--timeout is 1e+300: pass at most 86400 seconds, a day, and at least 0"),
+        ("--grace", "inf", "--grace is inf: pass at most 86400 seconds, a day, and at least 0"),
+        ("--max-tokens", "99999999999", "--max-tokens is 99999999999: pass at most 2147483647"),
+        ("--model", os.fsdecode(b"\xff"), "--model is not valid UTF-8: pass text that is"),
+        ("--grpc-url", os.fsdecode(b"\xff"), "--grpc-url is not valid UTF-8: pass text that is"),
+    ],
+)
+def test_values_that_cannot_be_used(capsys: pytest.CaptureFixture[str], option: str, value: str, reason: str) -> None:
+    assert sentence(capsys, option, value) == f"error: {reason}\n"
+
+
+@pytest.mark.parametrize("option", ["--timeout", "--grace"])
+def test_seconds_that_are_no_number(capsys: pytest.CaptureFixture[str], option: str) -> None:
+    assert option in sentence(capsys, option, "nan")
 
 
 def test_keys() -> None:

@@ -23,6 +23,8 @@ from prism_trt.speculative.log_probs import ScoredToken
 from prism_trt.speculative.request import Request
 from prism_trt.speculative.sampling import SamplingParams
 from prism_trt.target.tokenizer import Tokenizer
+from tests.client.fake import PIECES, fake_server
+from tests.client.fake import TEXT as fake_text
 from tests.deploy.load import LONG, busy
 from tests.frontend.conftest import KEY, Frontend, running
 
@@ -193,6 +195,8 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "text for a number": ({**GOOD, "max_tokens": "4"}, 400, "max_tokens: Input should be a valid integer"),
     "no tokens": ({**GOOD, "max_tokens": 0}, 400, "max_tokens: Input should be greater than or equal to 1"),
     "too many tokens": ({**GOOD, "max_completion_tokens": 5000}, 400, "this server allows at most 4096"),
+    "far too many tokens": ({**GOOD, "max_tokens": 99999999999}, 400, "this server allows at most 4096"),
+    "top_k": ({**GOOD, "top_k": 99999999999}, 400, "top_k: Input should be less than"),
     "seed": ({**GOOD, "seed": 2**64}, 400, "seed: Input should be less than"),
     "65 stop words": ({**GOOD, "stop": ["x"] * 65}, 400, "stop: List should have at most 64 items"),
     "long prompt": ({**GOOD, "messages": [{"role": "user", "content": "é" * 2100}]}, 400, "but the context is 4096"),
@@ -245,6 +249,29 @@ def test_what_asks_for_nothing_is_accepted(client: openai.OpenAI) -> None:
         extra_body={"top_k": 1},
     )
     assert neutral.choices == plain.choices
+
+
+@pytest.mark.parametrize("sampling", [{"top_p": 1e-50}, {"temperature": 1e-40}, {"temperature": 1e-50}], ids=str)
+def test_values_of_almost_0_are_greedy(client: openai.OpenAI, sampling: dict[str, Any]) -> None:
+    greedy = client.completions.create(**{**TEXT, "max_tokens": 40}, temperature=0)
+    almost = client.completions.create(**{**TEXT, "max_tokens": 40, "temperature": 2, **sampling})
+    assert almost.choices == greedy.choices
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_may_take_longer_than_the_timeout(stream: bool) -> None:
+    with fake_server(pause=0.5) as (url, fake), running(url, "--timeout", "2") as frontend:  # 3.5 seconds
+        reply = frontend.openai().completions.create(**TEXT, logprobs=0, stream=stream)
+        parts = list(reply) if stream else [reply]
+    assert "".join(part.choices[0].text for part in parts) == fake_text
+    assert parts[-1].choices[0].finish_reason == "stop"
+    words = [word for part in parts if part.choices[0].logprobs for word in part.choices[0].logprobs.tokens]
+    assert words == list(PIECES)
+    assert [asked["stream"] for asked in fake.asked] == [True]
+    # The server's name for it begins with the client's, who might tell others.
+    assert re.fullmatch(f"{parts[0].id}-[0-9a-f]{{32}}", fake.asked[0]["id"])
+    if not stream:
+        assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (5, 7)
 
 
 def test_bodies_that_are_no_request(frontend: Frontend) -> None:

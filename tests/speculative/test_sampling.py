@@ -50,6 +50,12 @@ def test_greedy_takes_the_lowest_of_equal_logits() -> None:
     assert warp(torch.tensor([[0.0, 2.0, 2.0], [5.0, 1.0, 1.0]]), SamplingParams()).tolist() == [[0, 1, 0], [1, 0, 0]]
 
 
+@pytest.mark.parametrize("temperature", [1e-44, 1e-38, 9e-6, 1e-5, 1e-4])
+def test_the_least_temperatures_give_probabilities(temperature: float) -> None:
+    probs = warp(torch.tensor([[900.0, -900.0, 901.0, 0.0]]), SamplingParams(temperature=temperature, top_p=0.9))
+    assert probs.tolist() == [[0.0, 0.0, 1.0, 0.0]]
+
+
 def test_draw_is_the_inverse_cdf() -> None:
     probs = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0])
     points = [0.0, 0.2499, 0.25, 0.7499, 0.75, 1 - 2**-53]

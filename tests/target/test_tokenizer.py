@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from prism_trt.errors import PrismError
 from prism_trt.target.detokenize import DetokenizerStream
 from prism_trt.target.loading import Target
-from prism_trt.target.tokenizer import Tokenizer, TokenizerSettings
+from prism_trt.target.tokenizer import TRAINING_DATE, Tokenizer, TokenizerSettings
 from tests.tiny import tiny_tokenizer
 
 CHATS = [
@@ -56,9 +57,23 @@ def test_missing_or_failing_templates_are_explained(tmp_path: Path) -> None:
     (tmp_path / "prism_tokenizer.json").write_text(refusing.model_dump_json())
     with pytest.raises(PrismError, match="roles must alternate"):
         Tokenizer.load(tmp_path).encode_chat(CHATS[0])
+    for expression, reason in {"m.content + 1": "TypeError: can only", "1 // 0": "ZeroDivisionError: .*"}.items():
+        wrong = TokenizerSettings(chat_template=f"{{% for m in messages %}}{{{{ {expression} }}}}{{% endfor %}}")
+        (tmp_path / "prism_tokenizer.json").write_text(wrong.model_dump_json())
+        with pytest.raises(PrismError, match=rf"cannot render the messages \({reason}.*\): correct the template"):
+            Tokenizer.load(tmp_path).encode_chat(CHATS[0])
     (tmp_path / "prism_tokenizer.json").write_text('{"colour": "red"}')
     with pytest.raises(PrismError, match="colour"):
         Tokenizer.load(tmp_path)
+
+
+def test_a_template_prints_the_date_that_is_chosen() -> None:
+    settings = TokenizerSettings(chat_template="{{ strftime_now('%d %B %Y') }}")
+    tokenizer = Tokenizer(tiny_tokenizer()._fast, settings)
+    dated = tokenizer.dated(TRAINING_DATE)
+    assert dated.render_chat(CHATS[0]) == "01 January 2025"
+    assert dated.fingerprint == tokenizer.fingerprint
+    assert datetime.strptime(tokenizer.render_chat(CHATS[0]), "%d %B %Y") > TRAINING_DATE
 
 
 @given(text=st.text(), data=st.data())

@@ -116,7 +116,7 @@ class Deployment:
         """Process numbers by role."""
         found: dict[Role, int] = {}
         for pid in descendants(self.launcher.pid):
-            words = command_of(pid)[:4]  # the keeper's plan comes after
+            words = command_of(pid)[:4]
             found |= {role: pid for role, file in _FILES.items() if any(word.endswith(file) for word in words)}
         return found
 

@@ -14,7 +14,7 @@ from prism_trt.drafter.foreign.layouts import EAGLE
 from prism_trt.drafter.foreign.reading import CONFIG_FILE, SAFETENSORS_FILE, TORCH_FILE
 from prism_trt.drafter.model import Drafter
 from prism_trt.errors import PrismError
-from prism_trt.manifest import atomic_directory
+from prism_trt.manifest import atomic_directory, has_only
 from prism_trt.target.loading import Target
 
 
@@ -36,10 +36,9 @@ def export_eagle(
     tensors = {EAGLE.translate(name): value for name, value in drafter.state_dict().items()}
     tensors["embed_tokens.weight"] = target.model.model.embed_tokens.weight
     tensors = {name: _converted(name, value, dtype) for name, value in tensors.items()}
-    with atomic_directory(directory, overwrite) as temporary:
+    with atomic_directory(directory, overwrite, has_only(CONFIG_FILE, SAFETENSORS_FILE, TORCH_FILE)) as temporary:
         if safetensors:
             save_file(tensors, temporary / SAFETENSORS_FILE, metadata={"format": "pt"})
-            (temporary / SAFETENSORS_FILE).chmod(0o644)
         else:
             torch.save(tensors, temporary / TORCH_FILE)
         (temporary / CONFIG_FILE).write_text(json.dumps(_eagle_config(drafter, target, dtype), indent=2) + "\n")
