@@ -222,7 +222,7 @@ class TrainConfig(StrictModel):
     compute: Literal["bfloat16", "float32"] = Field("bfloat16", description="dtype of the matrix products")
     seed: int = Field(0, ge=0, lt=1 << 64, description="seed of initialisation, data order and noise")
     hold_back: int = Field(64, ge=0, description="greedy answers held back to simulate the acceptance length")
-    max_answers: int = Field(0, ge=0, description="answers trained on, the first ones of the cache; 0 for all")
+    max_answers: int = Field(0, ge=0, description="answers trained on, those of the first shards; 0 for all")
     save_every: int = Field(500, ge=1, description="updates between checkpoints")
     simulate_every: int = Field(500, ge=1, description="updates between simulations of the acceptance length")
     log_every: int = Field(20, ge=1, description="updates between measurements of loss and accuracy")

@@ -18,6 +18,7 @@ from prism_trt.data.reading import read_records
 from prism_trt.data.regenerate import plan_generation
 from prism_trt.manifest import atomic_file
 from prism_trt.target.loading import load_target
+from prism_trt.target.tokenizer import TRAINING_DATE
 
 
 def main() -> None:
@@ -31,18 +32,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     target = load_target(arguments.target)
+    tokenizer = target.tokenizer.dated(TRAINING_DATE)
     prompts, _ = prepare_prompts(arguments.data, target.tokenizer, arguments.max_prompt_tokens, PromptConfig())
     answered: set[tuple[int, ...]] = set()
     for seed, answers in (map(int, text.split(":")) for text in arguments.answered):
         plan = plan_generation(prompts, GenerationConfig(answer_seed=seed), target, ())
-        answered.update(map(tuple, plan.prompts[:answers]))
+        indices = (index for shard in plan.first(answers).values() for index in shard)
+        answered.update(tuple(plan.prompts[index]) for index in indices)
     free = {tuple(prompt) for prompt in prompts} - answered
     texts = [conversation.turns[0].user for conversation in read_records(arguments.data).conversations]
     random.Random(arguments.seed).shuffle(texts)
     drawn: list[str] = []
     for text in texts:
         if len(drawn) < arguments.count:
-            ids = tuple(target.tokenizer.encode_chat([{"role": "user", "content": text}]))
+            ids = tuple(tokenizer.encode_chat([{"role": "user", "content": text}]))
             if ids in free:
                 free.remove(ids)
                 drawn.append(text)

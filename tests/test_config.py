@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prism_trt.config import DrafterConfig, TreeShape, parse, parse_json_file
+from prism_trt.config import DrafterConfig, GenerationConfig, TrainConfig, TreeShape, parse, parse_json_file
 from prism_trt.errors import PrismError
 
 DRAFTER = {
@@ -57,6 +57,45 @@ def test_tree_of_another_form_is_refused(text: str) -> None:
 def test_tree_out_of_range_is_refused(text: str) -> None:
     with pytest.raises(PrismError, match=f"tree {text}: (size|width|depth): "):
         TreeShape.parse(text)
+
+
+def test_an_error_of_the_whole_is_one_plain_sentence() -> None:
+    with pytest.raises(PrismError, match=r"^tree 60/1/1: size 60 needs 59 drafted nodes but the tree drafts only 1$"):
+        TreeShape.parse("60/1/1")
+    with pytest.raises(PrismError, match=r"^command line: step_map must use every module 0\.\.1, as in 0,1,1$"):
+        parse(TrainConfig, {"step_map": "0"}, "command line")
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), -float("inf")])
+def test_options_that_are_not_finite_are_refused(value: float) -> None:
+    for model in (GenerationConfig, TrainConfig):
+        for name, field in model.model_fields.items():
+            if field.annotation is float:
+                with pytest.raises(PrismError, match=f"there: {name}: "):
+                    parse(model, {name: value}, "there")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"seed": 99999999999999999999}, "seed: Input should be less than"),
+        ({"noise": 1e39}, "noise: Input should be less than"),
+        ({"tuning_lr": 1e300}, "tuning_lr: Input should be less than"),
+        ({"cross_entropy_weight": 1e-320}, "cross_entropy_weight: Input should be greater than"),
+        ({"intermediate_size": 1 << 40}, "intermediate_size: Input should be less than"),
+        ({"step_map": "auto", "modules": 6, "tuning_steps": 8}, "measures 5 draft steps, too few for 6 modules"),
+        ({"step_map": "auto", "hold_back": 0}, "raise hold_back, or name the step map"),
+    ],
+)
+def test_trainings_that_cannot_be_are_refused(values: dict[str, object], message: str) -> None:
+    with pytest.raises(PrismError, match=f"there: .*{message}"):
+        parse(TrainConfig, values, "there")
+
+
+def test_what_no_stage_measures_does_not_limit_the_modules() -> None:
+    TrainConfig(step_map="auto", modules=5, tuning_steps=8)
+    TrainConfig(step_map="auto", modules=1, hold_back=0)
+    TrainConfig(step_map="auto", kind="hass", modules=6, tuning_steps=8)
 
 
 def test_unknown_keys_are_refused_by_name() -> None:

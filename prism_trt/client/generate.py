@@ -107,7 +107,7 @@ def _pieces(url: str, prompt: str, options: Options) -> Generator[Chunk, None, N
     check_seconds("timeout", options.timeout)
     check_text("the model's name", options.model)
     check_text("the server's address", url)
-    request_id = uuid.uuid4().hex
+    request_id = new_request_id()
     responses: queue.Queue[tuple[grpcclient.InferResult | None, InferenceServerException | None]] = queue.Queue()
     try:
         client = grpcclient.InferenceServerClient(url)
@@ -166,6 +166,11 @@ def _check_server(client: grpcclient.InferenceServerClient, url: str) -> None:
         ) from None
     if not alive:
         raise PrismError(f"the server at {url} is still starting or is shutting down: try again in a moment")
+
+
+def new_request_id(name: str = "") -> str:
+    """An id that begins with `name`. A server stops requests by their id, so nobody else may have it or guess it."""
+    return f"{name}-{uuid.uuid4().hex}" if name else uuid.uuid4().hex
 
 
 def request_inputs(prompt: str, options: Options) -> list[grpcclient.InferInput]:

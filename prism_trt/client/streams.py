@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -19,7 +18,7 @@ from tritonclient.grpc import InferInput
 from tritonclient.grpc.aio import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
-from prism_trt.client.generate import END_SECONDS, Chunk, chunk_of, stop_inputs
+from prism_trt.client.generate import END_SECONDS, Chunk, chunk_of, new_request_id, stop_inputs
 
 
 class ResponseStream:
@@ -29,13 +28,11 @@ class ResponseStream:
         client: sends it.
         model: name of the served model.
         inputs: the request's tensors.
-        name: what the request's id begins with. The rest is random: a server stops requests by their id, so
-            nobody else may have it or guess it.
+        name: what the request's id begins with.
     """
 
     def __init__(self, client: InferenceServerClient, model: str, inputs: list[InferInput], name: str = "") -> None:
-        request_id = f"{name}-{uuid.uuid4().hex}" if name else uuid.uuid4().hex
-        self._request = {"model_name": model, "inputs": inputs, "request_id": request_id}
+        self._request = {"model_name": model, "inputs": inputs, "request_id": new_request_id(name)}
         self._stop: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._call: Any = client.stream_infer(self._requests())
         self._answered = False

@@ -316,13 +316,13 @@ def _request(plan: GenerationPlan, index: int) -> Request:
     return Request(
         prompt=plan.prompts[index],
         max_tokens=plan.settings.max_new_tokens,
-        sampling=_sampling(plan.settings, index),
+        sampling=sampling_of(plan.settings, index),
         eos_token_ids=tuple(plan.target.tokenizer.eos_token_ids),
         collect_features=bool(plan.feature_layers),
     )
 
 
-def _sampling(settings: GenerationConfig, index: int) -> SamplingParams:
+def sampling_of(settings: GenerationConfig, index: int) -> SamplingParams:
     """Sampling of answer `index`: a pure function of it and the seed."""
     random_numbers = random.Random(f"{settings.answer_seed}/{index}")
     if random_numbers.random() >= settings.sampled_share:
@@ -331,7 +331,7 @@ def _sampling(settings: GenerationConfig, index: int) -> SamplingParams:
 
 
 def _sequence(tokens: list[int], features: Tensor, plan: GenerationPlan, index: int) -> FeatureSequence:
-    greedy = _sampling(plan.settings, index).greedy
+    greedy = sampling_of(plan.settings, index).greedy
     return FeatureSequence(torch.tensor(tokens), features, len(plan.prompts[index]), greedy)
 
 

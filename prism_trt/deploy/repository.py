@@ -111,7 +111,7 @@ def write_repository(
     config = model_config(model_name, parameters)
     if reuse and not overwrite and _holds(Path(out), engine, model_name, config):
         return Path(out)
-    with atomic_directory(out, overwrite, has_any(MANIFEST)) as temporary:
+    with atomic_directory(out, overwrite, _is_repository) as temporary:
         version = temporary / model_name / "1"
         version.mkdir(parents=True)
         shutil.copytree(engine, version / ENGINE_DIRECTORY, copy_function=_link_or_copy)
@@ -212,6 +212,11 @@ def _tensors(tensors: tuple[Tensor, ...], required: tuple[str, ...]) -> str:
         f"{'' if tensor.name in required else ' optional: true'} }}"
         for tensor in tensors
     )
+
+
+def _is_repository(directory: Path) -> bool:
+    """Whether `directory` was one, even if its manifest was lost."""
+    return has_any(MANIFEST)(directory) or any(directory.glob("*/config.pbtxt"))
 
 
 def _link_or_copy(source: str, destination: str) -> str:

@@ -324,14 +324,17 @@ class Scheduler:
                 self._fail(job.reply, "connection")
 
     def _report(self) -> None:
-        """Tell the monitor the occupancy, not too often but always when nothing is left."""
+        """Tell the monitor the occupancy, not too often but always when nothing is left or the first request starts.
+
+        The step that follows may hang.
+        """
         with self._changed:
             running, waiting = len(self._running), len(self._waiting)
         cached = self._decoder.cached_slots
         occupancy = Occupancy(running, waiting, cached, self._engine.limits.slots - running - cached)
         last, when = self._reported
         now = time.monotonic()
-        if occupancy != last and (now - when > _REPORT_SECONDS or not running):
+        if occupancy != last and (now - when > _REPORT_SECONDS or not (running and last.running)):
             self._reported = occupancy, now
             self._monitor.occupancy(occupancy)
 

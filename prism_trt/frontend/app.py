@@ -44,6 +44,7 @@ def app() -> typer.Typer:
         check_seconds("--timeout", timeout)
         check_seconds("--grace", grace)
         check_integer("--max-tokens", max_tokens, INT32)
+        check_integer("--max-requests", max_requests, INT32)
         check_text("--model", model)
         check_text("--grpc-url", grpc_url)
         address = Address(host, port, tls_cert, tls_key)

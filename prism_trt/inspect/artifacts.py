@@ -199,7 +199,7 @@ def _inspect_cache(report: Report, path: Path, expected: Target | None) -> None:
             report.check(f"shapes in {name}", lambda shard=path / name: _require_shard(shard, width))  # type: ignore[misc]
     if expected is None or not report.sound:
         return
-    cache = report.check("belongs to the given target", lambda: FeatureCache(path, expected))
+    cache = report.check("belongs to the given target", lambda: FeatureCache(path, expected, "none"))
     if cache is not None and len(cache):
         sequence = cache.sequence(0)
         prompt = sequence.tokens[: sequence.prompt_length].tolist()

@@ -22,7 +22,7 @@ from prism_trt.data.turns import planned_prompts
 from prism_trt.errors import PrismError
 from prism_trt.progress import track
 from prism_trt.target.config import TargetConfig
-from prism_trt.target.tokenizer import Tokenizer, load_hf_tokenizer
+from prism_trt.target.tokenizer import TRAINING_DATE, Tokenizer, load_hf_tokenizer
 
 LOSS, SPECIAL = "bold green", "cyan"
 _QUANTILES = {"median": 0.5, "90 %": 0.9, "99 %": 0.99, "longest": 1.0}
@@ -86,7 +86,7 @@ def view_data(path: Path, target: Path | None, count: int) -> DataView:
     records = read_records(path)
     if target is None:
         return DataView(path, records, {}, [])
-    tokenizer = load_tokenizer(target)
+    tokenizer = load_tokenizer(target).dated(TRAINING_DATE)
     require_generation_prompt(tokenizer)
     prompts, answers = [], []
     for conversation in track(records.conversations, "tokenizing"):

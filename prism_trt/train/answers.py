@@ -10,15 +10,7 @@ import numpy as np
 import torch
 
 from prism_trt.config import TrainConfig
-from prism_trt.data.feature_cache import shard_path
-from prism_trt.data.regenerate import (
-    GenerationPlan,
-    GenerationProgress,
-    _is_complete,
-    _require_place,
-    _sampling,
-    regenerate,
-)
+from prism_trt.data.regenerate import GenerationPlan, GenerationProgress, regenerate, sampling_of
 from prism_trt.engines.loading import make_engine, torch_threads
 from prism_trt.engines.protocol import Engine, EngineLimits
 from prism_trt.engines.torch_engine import TorchEngine
@@ -26,17 +18,6 @@ from prism_trt.progress import progress
 from prism_trt.train.held_back import hold_back
 
 TOKENS_PER_CALL = 2048
-
-
-def missing_answers(plan: GenerationPlan, cache: Path, answers: int | None) -> dict[int, list[int]]:
-    """By shard, the prompts that `cache` does not answer yet, of those asked for `answers` answers (all when None).
-
-    Raises:
-        PrismError: `cache` is a file, or holds something else than answers of `plan`.
-    """
-    _require_place(cache, plan.identity)
-    wanted = plan.first(answers).items()
-    return {shard: indices for shard, indices in wanted if not _is_complete(shard_path(cache, shard), len(indices))}
 
 
 def check_held_back(plan: GenerationPlan, answers: int | None, training: TrainConfig) -> None:
@@ -47,7 +28,7 @@ def check_held_back(plan: GenerationPlan, answers: int | None, training: TrainCo
     """
     indices = [index for group in plan.first(answers).values() for index in group]
     roots = np.full(len(indices), plan.settings.max_new_tokens - 1)
-    hold_back(roots, np.array([_sampling(plan.settings, index).greedy for index in indices]), training)
+    hold_back(roots, np.array([sampling_of(plan.settings, index).greedy for index in indices]), training)
 
 
 def open_engine(plan: GenerationPlan, slots: int, device: torch.device, threads: int, context: ExitStack) -> Engine:

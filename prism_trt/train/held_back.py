@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from prism_trt.config import SIMULATED_STEPS, TrainConfig
+from prism_trt.data.regenerate import first_answers
 from prism_trt.errors import PrismError
 
 
@@ -22,7 +23,9 @@ def hold_back(roots: np.ndarray, greedy: np.ndarray, config: TrainConfig) -> tup
     usable = np.flatnonzero(roots > 0)
     candidates = usable[greedy[usable]]
     held_back = np.sort(np.random.default_rng(config.seed).permutation(candidates)[: config.hold_back])
-    training = np.setdiff1d(usable, held_back)[: config.max_answers or None]
+    training = np.setdiff1d(usable, held_back)
+    if config.max_answers:
+        training = first_answers(training, config.max_answers, config.seed)
     if not len(usable):
         raise PrismError("no answer has two tokens, so none is left to train on: add prompts")
     if 2 * len(held_back) > len(usable):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -174,6 +175,22 @@ class TensorBoardObserver:
         with writing(self._directory):
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step, walltime=time.time())
+
+
+@contextmanager
+def quiet_writer() -> Iterator[None]:
+    """Print no traceback of TensorBoard's thread, whose error the next call of its writer raises."""
+    before = threading.excepthook
+
+    def hook(error: threading.ExceptHookArgs) -> None:
+        if not type(error.thread).__module__.startswith("tensorboard."):
+            before(error)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def _clock(seconds: float) -> str:

@@ -18,7 +18,7 @@ from prism_trt.data.accounting import DataReport
 from prism_trt.data.feature_cache import KIND, MANIFEST_FILE, FeatureCache
 from prism_trt.data.online import OnlineFeatures
 from prism_trt.data.prompts import PromptConfig, prepare_prompts
-from prism_trt.data.regenerate import GenerationPlan, plan_generation, planned_layers
+from prism_trt.data.regenerate import GenerationPlan, missing_answers, plan_generation, planned_layers
 from prism_trt.drafter.checkpoint import save_drafter
 from prism_trt.drafter.features import captured_layers
 from prism_trt.drafter.model import Drafter
@@ -30,7 +30,7 @@ from prism_trt.manifest import nearest_existing, read_manifest, sha256_file
 from prism_trt.progress import progress
 from prism_trt.storage import writing
 from prism_trt.target.loading import Target, load_target
-from prism_trt.train.answers import TOKENS_PER_CALL, check_held_back, generate, missing_answers, open_engine
+from prism_trt.train.answers import TOKENS_PER_CALL, check_held_back, generate, open_engine
 from prism_trt.train.estimate import RandomSequences, describe_answers, describe_training, free_bytes
 from prism_trt.train.initial import load_init, new_shape
 from prism_trt.train.loop import Observer, Sequences, Trainer, TrainingResult
@@ -38,6 +38,7 @@ from prism_trt.train.observers import (
     OverfittingObserver,
     ProgressObserver,
     TensorBoardObserver,
+    quiet_writer,
     require_wandb,
     start_wandb,
 )
@@ -297,7 +298,7 @@ def observers(training: TrainConfig, work: Path, wandb: str | None, world: World
         return
     logs = work / "tensorboard"
     tracked = start_wandb(wandb, work, logs, training) if wandb is not None else nullcontext()
-    with tracked, progress("training", sum(stage.updates for stage in stages(training))) as reporter:
+    with tracked, quiet_writer(), progress("training", sum(stage.updates for stage in stages(training))) as reporter:
         board = TensorBoardObserver(logs)
         try:
             yield [ProgressObserver(reporter), OverfittingObserver(_say), board]

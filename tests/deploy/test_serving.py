@@ -477,6 +477,15 @@ def test_client_mistakes_are_one_sentence(server: TritonServer, arguments: list[
     assert errors.count(b"\n") == 1
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_may_take_longer_than_the_timeout(server: TritonServer, stream: bool) -> None:
+    began = time.monotonic()
+    chunks = answer(server, "dog", Options(max_tokens=LONG, timeout=1.0, stream=stream))
+    assert time.monotonic() - began > 1.0
+    assert chunks[-1].statistics is not None
+    assert chunks[-1].statistics.num_output_tokens == LONG
+
+
 def test_a_silent_server_is_noticed(server: TritonServer) -> None:
     with busy(server.grpc_url), pytest.raises(PrismError, match=r"the server sent nothing for 0\.01 s"):
         answer(server, "dog", Options(timeout=0.01))

@@ -358,6 +358,16 @@ def test_what_does_not_fit_is_refused(name: str, tmp_path: Path) -> None:
         make().load(tmp_path / "source")
 
 
+@pytest.mark.parametrize("safetensors", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused(value: float, safetensors: bool, tmp_path: Path) -> None:
+    weight = torch.ones(HIDDEN, HIDDEN)
+    weight[3, 5] = value
+    source = eagle().with_tensors(layers__0__self_attn__o_proj__weight=weight)
+    with pytest.raises(PrismError, match=r"o_proj\.weight holds values that are not finite"):
+        import_drafter(source.write(tmp_path / "source", safetensors), source.target, source.choices)
+
+
 class Harmful:
     def __reduce__(self) -> tuple[Any, ...]:
         return Path.touch, (Path("harmed"),)
@@ -373,11 +383,12 @@ def test_damaged_and_harmful_files_are_refused(tmp_path: Path, monkeypatch: pyte
             import_drafter(directory, source.target, source.choices)
 
     whole = weights.read_bytes()
-    weights.write_bytes(whole[: len(whole) // 2])
-    refused("cannot be read")
+    for kept in (len(whole) // 2, 20, 0):
+        weights.write_bytes(whole[:kept])
+        refused(r"pytorch_model\.bin cannot be read, because it is truncated or not [^\n]*torch\.save again$")
     monkeypatch.chdir(tmp_path)
     torch.save({"fc.weight": Harmful()}, weights)
-    refused("cannot be read")
+    refused(r"cannot be read, because it holds more than tensors [^\n]*torch\.save$")
     assert not Path("harmed").exists()
     torch.load(weights, weights_only=False)
     assert Path("harmed").exists()

@@ -42,12 +42,15 @@ def test_mistakes_are_one_sentence(capsys: pytest.CaptureFixture[str], tmp_path:
         ("--timeout", "1e300", "--timeout is 1e+300: pass at most 86400 seconds, a day, and at least 0"),
         ("--grace", "inf", "--grace is inf: pass at most 86400 seconds, a day, and at least 0"),
         ("--max-tokens", "99999999999", "--max-tokens is 99999999999: pass at most 2147483647"),
+        ("--max-requests", "99999999999", "--max-requests is 99999999999: pass at most 2147483647"),
         ("--model", os.fsdecode(b"\xff"), "--model is not valid UTF-8: pass text that is"),
         ("--grpc-url", os.fsdecode(b"\xff"), "--grpc-url is not valid UTF-8: pass text that is"),
     ],
 )
 def test_values_that_cannot_be_used(capsys: pytest.CaptureFixture[str], option: str, value: str, reason: str) -> None:
-    assert sentence(capsys, option, value) == f"error: {reason}\n"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert sentence(capsys, "--port", port, option, value) == f"error: {reason}\n"
 
 
 @pytest.mark.parametrize("option", ["--timeout", "--grace"])

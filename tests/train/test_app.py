@@ -3,22 +3,30 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 from typer.testing import CliRunner
 
 from prism_trt.config import GenerationConfig, TrainConfig
-from prism_trt.drafter.checkpoint import load_drafter
+from prism_trt.data.online import OnlineFeatures
+from prism_trt.data.sequences import FeatureSequence
+from prism_trt.drafter.checkpoint import load_drafter, save_drafter
 from prism_trt.errors import PrismError
+from prism_trt.speculative.acceptance import AcceptancePrior
 from prism_trt.target.loading import load_target
 from prism_trt.train.app import app
 from prism_trt.train.checkpoints import LATEST
+from prism_trt.train.estimate import _peak
+from tests.tiny import tiny_drafter, tiny_target
 from tests.train.synthetic import write_target_and_cache
 
 SMALL = {
@@ -130,14 +138,108 @@ def test_every_field_is_an_option_with_help() -> None:
         ({"out": "drafter", "cache": "nowhere"}, "pass --data"),
         ({"out": "drafter", "target": "nowhere"}, "nowhere does not exist"),
         ({"out": "drafter", "data": "nowhere.jsonl"}, "cannot read nowhere.jsonl"),
+        ({"out": "drafter", "work": "afile"}, "afile is a file, .*: choose another --work"),
+        ({"out": "afile/drafter"}, "afile is a file, .*: choose another --out"),
+        ({"out": "drafter", "cache": "afile/cache"}, "afile is a file, .*: choose another --cache"),
+        ({"out": "drafter", "step_map": "0,2"}, "^command line: step_map must use every module"),
     ],
 )
 def test_mistakes_are_named(
     changes: dict[str, str], message: str, trained_on: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("afile").touch()
     with pytest.raises(PrismError, match=message):
         CliRunner().invoke(app(), arguments(trained_on, **changes), catch_exceptions=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["afile"]
+
+
+def write_prompts(path: Path, count: int) -> Path:
+    path.write_text("".join(json.dumps({"prompt": f"Say {i} words"}) + "\n" for i in range(count)))
+    return path
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"init": "nowhere"}, "nowhere has no config.json"),
+        ({"init": "two", "kind": "eagle2"}, "can only be tuned as it is"),
+        ({"wandb": "project"}, "needs the package wandb"),
+        ({"step_map": "auto", "hold_back": "0"}, "step_map auto measures on answers held back"),
+        ({"step_map": "auto", "max_new_tokens": "5", "hold_back": "2"}, "no answer held back has so many tokens"),
+        ({"kind": "standard", "width": "33"}, "--width 33 is not a multiple"),
+        ({"hold_back": "13"}, "--hold-back 13 would hold back 13 of 24 answers"),
+        ({"hold_back": "4", "answers": "7"}, "--hold-back 4 would hold back 4 of 7 answers"),
+        ({"sampled_share": "0.9"}, "greedy answers, so only sampled ones are left"),
+        ({"one_step_updates": "0", "alignment_updates": "0", "tuning_updates": "0"}, "would stay random"),
+    ],
+)
+def test_mistakes_are_named_before_answers_are_generated(
+    changes: dict[str, str],
+    message: str,
+    dry_run: bool,
+    trained_on: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    save_drafter(tiny_drafter(tiny_target(), modules=2), Path("two"))
+    data = write_prompts(Path("prompts.jsonl"), 24)
+    options = arguments(trained_on, **{"data": str(data), "cache": "cache", "out": "drafter", **changes})
+    with pytest.raises(PrismError, match=message):
+        CliRunner().invoke(app(), options + ["--dry-run"] * dry_run, catch_exceptions=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.jsonl", "two"]
+
+
+def test_a_refused_run_leaves_the_accounting_of_an_existing_cache(trained_on: Path, tmp_path: Path) -> None:
+    accounting = tmp_path / "cache.data.json"
+
+    def answer(prompts: int, *extra: str) -> None:
+        data = write_prompts(tmp_path / f"{prompts}.jsonl", prompts)
+        options = ["--target", str(trained_on / "target"), "--data", str(data), "--cache", str(tmp_path / "cache")]
+        options += ["--max-new-tokens", "8", "--generate-only", *extra]
+        assert CliRunner().invoke(app(), options, catch_exceptions=False).exit_code == 0
+
+    answer(9, "--dry-run")
+    assert not accounting.exists()
+    answer(9)
+    before = accounting.read_bytes()
+    assert json.loads(before)["prompts"] == 9
+    for extra in ([], ["--dry-run"]):
+        with pytest.raises(PrismError, match="another --cache"):
+            answer(5, *extra)
+    assert accounting.read_bytes() == before
+
+
+@pytest.mark.parametrize("started", [["prism-trt", "train"], ["prism_trt/train/__main__.py"]])
+def test_the_command_is_recorded_as_it_can_be_repeated(
+    started: list[str], trained_on: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = arguments(trained_on, out=str(tmp_path / "drafter"), kind="eagle2", one_step_updates="1")
+    monkeypatch.setattr(sys, "argv", [*started, *options])
+    CliRunner().invoke(app(), options, catch_exceptions=False)
+    provenance = json.loads((tmp_path / "drafter" / "config.json").read_text())["provenance"]
+    assert provenance["command"] == ["prism-trt", "train", *options]
+
+
+def test_what_cannot_be_simulated_is_said(trained_on: Path, tmp_path: Path) -> None:
+    data = write_prompts(tmp_path / "prompts.jsonl", 24)
+    quick = {"data": str(data), "kind": "eagle2", "one_step_updates": "1"}
+
+    def run(name: str, **changes: str) -> tuple[str, AcceptancePrior]:
+        out = tmp_path / name
+        options = arguments(trained_on, **quick, out=str(out), cache=str(tmp_path / f"{name}-cache"), **changes)
+        said = CliRunner().invoke(app(), options, catch_exceptions=False).output
+        return said, AcceptancePrior.of(load_drafter(out).config)
+
+    said, prior = run("sampled", sampled_share="1")
+    assert "no answer is greedy, so none is held back and no acceptance length is simulated" in said
+    assert prior == AcceptancePrior()
+    said, prior = run("short", max_new_tokens="4")
+    assert "simulated acceptance length not measured" in said and "1.000" not in said
+    assert prior == AcceptancePrior()
 
 
 def test_a_cache_of_another_target_is_refused(trained_on: Path, tmp_path: Path) -> None:
@@ -166,11 +268,12 @@ def test_features_computed_while_training_give_the_same_drafter(
 
 
 def test_a_dry_run_says_what_the_run_needs_and_writes_nothing(trained_on: Path, tmp_path: Path) -> None:
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": f"Say {i} words"}) + "\n" for i in range(24)))
-    options = arguments(trained_on, data=str(prompts), cache=str(tmp_path / "cache"), out=str(tmp_path / "drafter"))
-    said = finish([*options, "--dry-run"])
+    prompts = write_prompts(tmp_path / "prompts.jsonl", 24)
+    options = arguments(trained_on, data=str(prompts), out=str(tmp_path / "drafter"), slots="10")
+    at = options.index("--cache")  # then it is in the directory of checkpoints
+    said = finish([*options[:at], *options[at + 2 :], "--dry-run"])
     for pattern in (
+        r"answers: 24 of up to 256 tokens at [\d,]+ tokens/s .*\(measured on 8 of 33 tokens\), at most \d+ min",
         r"drafter: [\d,]+ trained parameters",
         r"step 1 and later steps: module 1, [\d,]+ parameters and a head of 12,800",
         r"stage tuning: 8 updates at [\d,]+ rows/s",
@@ -179,6 +282,61 @@ def test_a_dry_run_says_what_the_run_needs_and_writes_nothing(trained_on: Path, 
         r"feature cache: at most \d+\.\d\d GB for 24 answers",
     ):
         assert re.search(pattern, said), (pattern, said)
-    assert not (tmp_path / "cache").exists() and not (tmp_path / "drafter").exists()
-    on_cache = finish([*arguments(trained_on, out=str(tmp_path / "drafter")), "--dry-run"])
-    assert "stage tuning" in on_cache and "feature cache" not in on_cache
+    on_cache = finish([*arguments(trained_on, out=str(tmp_path / "drafter"), draft_vocab_size="0"), "--dry-run"])
+    assert "stage tuning" in on_cache and "feature cache" not in on_cache and "answers:" not in on_cache
+    assert "step 0: module 0, 38,976 parameters and a head of 20,480" in on_cache
+    assert list(tmp_path.iterdir()) == [prompts]
+
+
+def test_memory_is_the_gpus_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 << 29)
+    assert _peak(torch.device("cuda")) == "1.5 GiB of the GPU"
+    assert re.fullmatch(r"\d+\.\d GiB", _peak(torch.device("cpu")))
+
+
+def planned(trained_on: Path, directory: Path) -> list[str]:
+    """Options of a dry run whose answers are still to be generated."""
+    data = write_prompts(directory / "prompts.jsonl", 24)
+    places = {"data": str(data), "cache": str(directory / "cache"), "out": str(directory / "drafter")}
+    return [*arguments(trained_on, **places), "--dry-run"]
+
+
+def test_a_dry_run_starts_from_the_initial_drafter(trained_on: Path, tmp_path: Path) -> None:
+    save_drafter(tiny_drafter(tiny_target(), modules=1, fc_bias=True), tmp_path / "init")
+    options = [*arguments(trained_on, init=str(tmp_path / "init"), out=str(tmp_path / "drafter")), "--dry-run"]
+    said = CliRunner().invoke(app(), options, catch_exceptions=False).output
+    assert "step 0: module 0, 39,040 parameters" in said
+
+
+def test_a_dry_run_online_measures_the_passes_of_the_target(
+    trained_on: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    compute = OnlineFeatures.sequence
+
+    def sequence(self: OnlineFeatures, index: int) -> FeatureSequence:
+        asked.append(index)
+        return compute(self, index)
+
+    monkeypatch.setattr(OnlineFeatures, "sequence", sequence)
+    said = CliRunner().invoke(app(), [*planned(trained_on, tmp_path), "--online"], catch_exceptions=False).output
+    assert "stage tuning" in said
+    assert asked
+
+
+def test_a_dry_run_tells_of_a_disk_that_is_too_small(
+    trained_on: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places: list[Path] = []
+
+    def small(path: Path) -> SimpleNamespace:
+        places.append(path)
+        return SimpleNamespace(free=500_000)
+
+    monkeypatch.setattr(shutil, "disk_usage", small)
+    result = CliRunner().invoke(app(), planned(trained_on, tmp_path))
+    assert isinstance(result.exception, PrismError)
+    assert re.fullmatch(r"the feature cache may not fit into \S+: pass --cache on a .*", str(result.exception))
+    assert "checkpoints: 0.00 GB in " in result.output
+    assert re.search(r"warning: \S+drafter\.work has no room for the checkpoints", result.output)
+    assert set(places) == {tmp_path}

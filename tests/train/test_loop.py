@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from prism_trt.data.feature_cache import FeatureCache
+from prism_trt.data.regenerate import first_answers
 from prism_trt.data.sequences import FeatureSequence
 from prism_trt.drafter.checkpoint import load_drafter, save_drafter, weights_sha256
 from prism_trt.drafter.model import Drafter
@@ -137,6 +138,28 @@ def test_a_diverging_run_stops_and_keeps_its_checkpoint(trained_on: Path, tmp_pa
     assert all(bool(torch.isfinite(value).all()) for value in kept["weights"].values())
 
 
+def test_the_advice_after_a_divergence_works(trained_on: Path, tmp_path: Path) -> None:
+    """What the first stage saved belongs to its learning rate; later stages continue where the one before ended."""
+    work = tmp_path / "work"
+    stopped = {"one_step_updates": 20, "save_every": 1}
+    with pytest.raises(PrismError, match=r"lower --one-step-lr and pass another --work, with --cache .*cache for the"):
+        run(trained_on, work, one_step_lr=1e20, **stopped)
+    with pytest.raises(PrismError, match="another --work"):
+        run(trained_on, work, one_step_lr=1e-3, **stopped)
+    work = tmp_path / "other"
+    with pytest.raises(PrismError, match=r"of stage tuning: lower --tuning-lr \(the stages before it are kept"):
+        run(trained_on, work, tuning_lr=1e30)
+    recorder = Recorder()
+    run(trained_on, work, recorder, tuning_lr=1e-3)
+    assert recorder.start == (1, 4)
+    unsaved = tmp_path / "unsaved"
+    with pytest.raises(PrismError, match=r"lower --one-step-lr$"):
+        run(trained_on, unsaved, one_step_lr=1e30, save_every=100)
+    run(trained_on, unsaved)
+    with pytest.raises(PrismError, match="lower the --\\*-weight options"):
+        run(trained_on, tmp_path / "weights", hidden_weight=1e300)
+
+
 def test_an_initial_drafter_is_where_training_starts(trained_on: Path, tmp_path: Path) -> None:
     target = tiny_target()
     init = tiny_drafter(target, modules=1).requires_grad_(True)
@@ -175,7 +198,7 @@ def test_only_the_first_answers_are_trained_on_when_asked(trained_on: Path, tmp_
     updates = {"one_step_updates": 12, "alignment_updates": 0, "tuning_updates": 0, "simulate_every": 1000}
     trainer = Trainer(tiny_target(), cache, small_training(max_answers=4, hold_back=0, **updates), tmp_path)
     trainer.run([Recorder()])
-    assert read == set(np.flatnonzero(cache.roots > 0)[:4].tolist())
+    assert read == set(first_answers(np.flatnonzero(cache.roots > 0), 4, seed=0).tolist())
 
 
 def test_nothing_left_to_train_on_is_refused(trained_on: Path, tmp_path: Path) -> None:
@@ -223,6 +246,33 @@ def test_the_measured_step_map_is_kept_when_the_run_is_interrupted(trained_on: P
     assert rest.maps == []
     assert continued.drafter.config.step_map == result.drafter.config.step_map
     assert same_weights(continued.drafter, result.drafter)
+
+
+def test_tuning_reaches_every_module_of_a_measured_step_map(
+    trained_on: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last of the five measured steps differs most, but four are tuned."""
+    measured = SimulatedAcceptance(9, (0.6, 0.58, 0.57, 0.56, 0.3), (1.0,) * 5, 1.0, 1.0)
+    monkeypatch.setattr(Trainer, "_simulate", lambda *_: measured)
+    recorder = Recorder()
+    result = run(trained_on, tmp_path / "work", recorder, step_map="auto")
+    assert recorder.maps == [(0, 1, 1, 1)] == [result.drafter.config.step_map]
+
+
+def test_agreement_on_held_back_answers_is_what_training_measures(trained_on: Path, tmp_path: Path) -> None:
+    """Trained on the answers it is simulated on, the drafter agrees as much by either measure."""
+    target = tiny_target()
+    cache = FeatureCache(trained_on / "cache", target)
+    cache.greedy = np.ones(len(cache), dtype=bool)
+    everything = {"rows_per_update": 10**6, "noise": 0.0, "log_every": 1, "hold_back": 20, "one_step_lr": 1e-20}
+    updates = {"one_step_updates": 1, "alignment_updates": 0, "tuning_updates": 0, "modules": 1}
+    trainer = Trainer(target, cache, small_training(**everything, **updates), tmp_path)
+    trainer._training = trainer._held_back
+    recorder = Recorder()
+    result = trainer.run([recorder])
+    assert recorder.updates[0].measured is not None and result.acceptance is not None
+    assert result.acceptance.agreement == pytest.approx(recorder.updates[0].measured.agreement[0])
+    assert result.acceptance.agreement != pytest.approx(result.acceptance.top1[0])
 
 
 def test_updates_in_several_passes_give_the_same_drafter(trained_on: Path, tmp_path: Path) -> None:

@@ -99,18 +99,23 @@ def test_top_k_loss_and_own_head_equal_autograd(steps: int, monkeypatch: pytest.
     head = torch.randn(VOCAB, WIDTH, generator=generator)
     own = torch.randn(VOCAB, 4, generator=generator).requires_grad_()
     hidden = [torch.randn(batch.rows, 4, generator=generator).requires_grad_() for _ in range(steps)]
-    (0.7 * soft_cross_entropy(hidden, batch, head, None, 2.5, own)).backward()
+    metrics = StepMetrics.zeros(steps)
+    value = 0.7 * soft_cross_entropy(hidden, batch, head, metrics, 2.5, own)
+    value.backward()
     found = [own.grad, *(states.grad for states in hidden)]
 
     own.grad = None
     expected_hidden = [states.detach().clone().requires_grad_() for states in hidden]
-    total = torch.zeros(())
+    total, entropy = torch.zeros(()), []
     for step, states in enumerate(expected_hidden):
         rows = [i for i in range(batch.rows) if int(batch.remaining[i]) >= step]
         p = (torch.stack([batch.teacher_features[i + step] for i in rows]) @ head.T).softmax(-1)
         log_q = (states[rows] @ own.T).log_softmax(-1)
         top, indices = p.topk(4, -1)
+        entropy.append(-(p * log_q).sum(-1).mean().item())
         total = total - (p * log_q).sum(-1).mean() - 2.5 * (top * log_q.gather(1, indices)).sum(-1).mean()
+    torch.testing.assert_close(value.detach(), 0.7 * total.detach(), rtol=1e-5, atol=1e-6)
+    assert (metrics.cross_entropy / metrics.rows).tolist() == pytest.approx(entropy, rel=1e-5)
     (0.7 * total).backward()
     expected = [own.grad, *(states.grad for states in expected_hidden)]
     for a, b in zip(found, expected, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -43,6 +44,29 @@ def train(data: Path, directory: Path, processes: int, *extra: str) -> dict[str,
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     return load_file(directory / "drafter" / "model.safetensors")
+
+
+def dry_run(*options: str) -> str:
+    """Everything that two processes print."""
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "prism_trt.train"),
+        *(*(f"--{name}={value}" for name, value in OPTIONS.items()), "--dry-run", *options),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_the_first_process_alone_measures_a_dry_run(trained_on: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"Say {i} words"}) + "\n" for i in range(24)))
+    target, out = f"--target={trained_on / 'target'}", f"--out={tmp_path / 'drafter'}"
+    on_cache = dry_run(target, out, f"--cache={trained_on / 'cache'}")
+    planned = dry_run(target, out, f"--cache={tmp_path / 'cache'}", f"--data={prompts}")
+    for said in (on_cache, planned):
+        assert said.count("trained parameters") == said.count("stage tuning") == 1
+        assert "on 1 process, which the 2 of this run share" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.jsonl"]
 
 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def read_files(directory: Path) -> ForeignFiles:
     """Read ``config.json`` and ``model.safetensors``, or ``pytorch_model.bin`` where there is none.
 
     Raises:
-        PrismError: a file is missing or damaged, or holds something other than tensors of 16 or 32 bit floats.
+        PrismError: a file is missing or damaged, or holds something other than tensors of finite 16 or 32 bit floats.
     """
     directory = Path(directory)
     config_file = directory / CONFIG_FILE
@@ -66,9 +67,18 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _read_torch(path: Path) -> dict[str, Tensor]:
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise PrismError(f"{path} cannot be read ({reason}): save its state dict with torch.save again") from None
+    except pickle.UnpicklingError:
+        raise PrismError(
+            f"{path} cannot be read, because it holds more than tensors or is damaged: save its state dict alone, with "
+            "torch.save"
+        ) from None
+    except (OSError, RuntimeError, EOFError):
+        if not zipfile.is_zipfile(path):
+            raise PrismError(
+                f"{path} cannot be read, because it is truncated or not of torch.save's present format: download it "
+                "again, or save its state dict with torch.save again"
+            ) from None
+        raise PrismError(f"{path} cannot be read, because it is damaged: download it again") from None
     if not isinstance(tensors, dict):
         raise PrismError(f"{path} holds a {type(tensors).__name__} and not a state dict: save the state dict alone")
     return _require_floats(tensors, path)
@@ -83,4 +93,6 @@ def _require_floats(tensors: dict[str, Any], path: Path) -> dict[str, Tensor]:
                 f"{path}: {name} is of type {value.dtype}: pass a drafter that is not quantised (float16, bfloat16 or "
                 "float32)"
             )
+        if value.is_floating_point() and value.numel() and not all(bool(bound.isfinite()) for bound in value.aminmax()):
+            raise PrismError(f"{path}: {name} holds values that are not finite: download it again, or train it again")
     return tensors
