@@ -48,11 +48,12 @@ def has_only(*names: str) -> Callable[[Path], bool]:
 
 
 @contextmanager
-def atomic_directory(path: Path, overwrite: bool, ours: Callable[[Path], bool]) -> Iterator[Path]:
+def atomic_directory(path: Path, overwrite: bool = False, ours: Callable[[Path], bool] | None = None) -> Iterator[Path]:
     """Yield a temporary directory that becomes `path` when the block ends well and is deleted when it does not.
 
     Args:
-        ours: tells of an existing directory whether `overwrite` may replace it, because an earlier call wrote it.
+        ours: tells of an existing directory whether `overwrite` may replace it, because an earlier call wrote it; None:
+            never.
 
     Raises:
         PrismError: `path` exists and is not empty, and `overwrite` is false or it is not `ours`; it is the current
@@ -62,7 +63,7 @@ def atomic_directory(path: Path, overwrite: bool, ours: Callable[[Path], bool]) 
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         if not overwrite:
             raise PrismError(f"{path} already exists: choose another output path or pass --overwrite")
-        if not path.is_dir() or not ours(path):
+        if ours is None or not path.is_dir() or not ours(path):
             raise PrismError(
                 f"{path} holds something else than what --overwrite replaces: choose another output path, or delete "
                 "it yourself"

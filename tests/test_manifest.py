@@ -114,11 +114,11 @@ OURS = has_only("old", "new")
 
 def test_atomic_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     out = tmp_path / "new" / "out"
-    with pytest.raises(ValueError, match="boom"), atomic_directory(out, False, OURS) as temporary:
+    with pytest.raises(ValueError, match="boom"), atomic_directory(out) as temporary:
         (temporary / "half").write_text("x")
         raise ValueError("boom")
     assert not out.exists()
-    with atomic_directory(out, False, OURS) as temporary:
+    with atomic_directory(out) as temporary:
         (temporary / "file").write_text("1")
         assert not out.exists()
     assert [path.name for path in out.parent.iterdir()] == ["out"]
@@ -128,9 +128,9 @@ def test_atomic_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 
 def test_atomic_directory_replaces_only_when_told(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with atomic_directory(out, False, OURS) as temporary:
+    with atomic_directory(out) as temporary:
         (temporary / "old").write_text("old")
-    with pytest.raises(PrismError, match="already exists"), atomic_directory(out, False, OURS):
+    with pytest.raises(PrismError, match="already exists"), atomic_directory(out):
         raise AssertionError("must not run")
     with atomic_directory(out, True, OURS) as temporary:
         (temporary / "new").write_text("new")
@@ -159,7 +159,7 @@ def test_atomic_directory_replaces_only_its_own(tmp_path: Path, monkeypatch: pyt
 
 def test_everybody_may_read_an_atomic_directory(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with atomic_directory(out, False, OURS) as temporary:
+    with atomic_directory(out) as temporary:
         (temporary / "inner").mkdir(mode=0o700)
         (temporary / "inner" / "weights").touch(mode=0o600)
     assert [(out / name).stat().st_mode & 0o777 for name in (".", "inner", "inner/weights")] == [0o755, 0o755, 0o644]
@@ -167,7 +167,7 @@ def test_everybody_may_read_an_atomic_directory(tmp_path: Path) -> None:
 
 def test_atomic_directory_keeps_the_old_one_when_the_block_fails(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with atomic_directory(out, False, OURS) as temporary:
+    with atomic_directory(out) as temporary:
         (temporary / "old").write_text("old")
     with pytest.raises(KeyError), atomic_directory(out, True, OURS):
         raise KeyError("boom")
@@ -202,7 +202,7 @@ def test_a_full_disk_keeps_the_manifest_that_was_there(artifact: Path, monkeypat
     out = artifact.parent / "out"
     with (
         pytest.raises(PrismError, match=r"^cannot write \S+/out/thing\.json "),
-        atomic_directory(out, False, OURS) as temporary,
+        atomic_directory(out) as temporary,
     ):
         write_manifest(temporary, "thing.json", "thing", {})
     assert [path.name for path in artifact.parent.iterdir()] == ["artifact"]

@@ -112,7 +112,8 @@ class LatencyModel:
 def filled(columns: Sequence[int], values: Array) -> Array:
     """`values` [lines, columns] with the unmeasured end (NaN) of each line extrapolated.
 
-    A line continues with the slope of its last two points; a line of one point, with the previous line's increments.
+    A line continues with the slope of its last two points; a line of one point, with the previous line's increments;
+    neither falls.
     """
     result = values.copy()
     for i, line in enumerate(result):
@@ -121,7 +122,7 @@ def filled(columns: Sequence[int], values: Array) -> Array:
                 slope = (line[j - 1] - line[j - 2]) / (columns[j - 1] - columns[j - 2])
                 line[j] = line[j - 1] + max(0.0, slope) * (columns[j] - columns[j - 1])
             else:
-                line[j] = line[j - 1] + (result[i - 1, j] - result[i - 1, j - 1] if i else 0.0)
+                line[j] = line[j - 1] + (max(0.0, result[i - 1, j] - result[i - 1, j - 1]) if i else 0.0)
     return result
 
 

@@ -35,6 +35,7 @@ def test_smoothing_is_monotone_and_leaves_monotone_times_alone(values: np.ndarra
 )
 @example(cells={2: [1.0], 4: [3.0]}, call=(1, 1), more=(0, 0))
 @example(cells={2: [2.0], 1: [1.0, 1.0, 2.0]}, call=(1, 5), more=(1, 0))
+@example(cells={2: [3.0, 1.0], 1: [1.0], 4: [1.0]}, call=(1, 1), more=(0, 0))
 def test_a_larger_call_is_never_predicted_to_be_faster(
     cells: dict[int, list[float]], call: tuple[int, int], more: tuple[int, int]
 ) -> None:
