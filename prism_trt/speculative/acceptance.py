@@ -41,7 +41,7 @@ class AcceptancePrior:
     @classmethod
     def of(cls, drafter: DrafterConfig | None) -> AcceptancePrior:
         """From the acceptance that training simulated on answers held back; cautious where there is none."""
-        simulated = {} if drafter is None else drafter.provenance.get("simulated_acceptance", {})
+        simulated = (None if drafter is None else drafter.provenance.get("simulated_acceptance")) or {}
         first, among_four = simulated.get("top1"), simulated.get("top4")
         if not first or not among_four:
             return cls()

@@ -92,7 +92,8 @@ def test_the_prior_is_what_training_simulated() -> None:
     assert prior.first == (0.6, 0.5)
     chances = node_chances(prior.first, prior.others, 4, 1)[0]
     assert sum(chances) == pytest.approx(0.784)
-    assert AcceptancePrior.of(DrafterConfig(**fields, **more)) == AcceptancePrior()
+    for nothing in ({}, {"simulated_acceptance": None}):
+        assert AcceptancePrior.of(DrafterConfig(**fields, **more, provenance=nothing)) == AcceptancePrior()
     assert AcceptancePrior.of(None) == AcceptancePrior()
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 from typer.testing import CliRunner
 
@@ -25,7 +24,6 @@ from prism_trt.speculative.acceptance import AcceptancePrior
 from prism_trt.target.loading import load_target
 from prism_trt.train.app import app
 from prism_trt.train.checkpoints import LATEST
-from prism_trt.train.estimate import _peak
 from tests.tiny import tiny_drafter, tiny_target
 from tests.train.synthetic import write_target_and_cache
 
@@ -286,12 +284,6 @@ def test_a_dry_run_says_what_the_run_needs_and_writes_nothing(trained_on: Path, 
     assert "stage tuning" in on_cache and "feature cache" not in on_cache and "answers:" not in on_cache
     assert "step 0: module 0, 38,976 parameters and a head of 20,480" in on_cache
     assert list(tmp_path.iterdir()) == [prompts]
-
-
-def test_memory_is_the_gpus_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 << 29)
-    assert _peak(torch.device("cuda")) == "1.5 GiB of the GPU"
-    assert re.fullmatch(r"\d+\.\d GiB", _peak(torch.device("cpu")))
 
 
 def planned(trained_on: Path, directory: Path) -> list[str]:
