@@ -147,8 +147,11 @@ def own_fields(manifest: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in manifest.items() if key not in ("format", "kind", "files")}
 
 
-def write_manifest(directory: Path, name: str, kind: str, fields: dict[str, Any]) -> None:
+def write_manifest(directory: Path, name: str, kind: str, fields: dict[str, Any]) -> dict[str, Any]:
     """Write `directory/name` recording `kind`, `fields` and the SHA-256 and size of every other file below it.
+
+    Returns:
+        What was written.
 
     Raises:
         PrismError: the disk does not take it; a manifest that was there before stays.
@@ -161,6 +164,7 @@ def write_manifest(directory: Path, name: str, kind: str, fields: dict[str, Any]
     manifest = {"format": FORMAT_VERSION, "kind": kind, **fields, "files": files}
     with atomic_file(directory / name) as temporary:
         temporary.write_text(json.dumps(manifest, indent=2) + "\n")
+    return manifest
 
 
 def read_manifest(directory: Path, name: str, kind: str, again: str | None = None) -> dict[str, Any]:

@@ -85,8 +85,9 @@ def merge(results: list[BenchResult], reference: str | None) -> BenchResult:
         PrismError: the results were timed, differ in settings, questions or the target's answers, or share a method.
     """
     first = results[0]
+    answered = [{_answered(record): record for record in result.questions} for result in results]
     settings = first.settings.model_copy(update={"reference": reference})
-    for number, result in enumerate(results, 1):
+    for number, (result, records) in enumerate(zip(results, answered, strict=True), 1):
         if result.settings.timed:
             raise PrismError(
                 f"result {number} has times, which those of another run do not compare with: merge replays"
@@ -94,7 +95,7 @@ def merge(results: list[BenchResult], reference: str | None) -> BenchResult:
         for name in _SAME:
             if getattr(result.settings, name) != getattr(settings, name):
                 raise PrismError(f"result {number} was measured with another {name}: run the bench alike")
-        if {_answered(record) for record in result.questions} != {_answered(record) for record in first.questions}:
+        if records.keys() != answered[0].keys():
             raise PrismError(
                 f"result {number} has other questions, or the target answers differently: run the bench alike"
             )
@@ -103,21 +104,16 @@ def merge(results: list[BenchResult], reference: str | None) -> BenchResult:
         raise PrismError(f"the method {twice[0]} is in several results: use --rename")
     if reference is not None and reference not in names:
         raise PrismError(f"the reference {reference} is in no result: name one of {', '.join(names)}")
-    order = {_answered(record): position for position, record in enumerate(first.questions)}
-
-    def place(record: QuestionRecord) -> int:
-        return order[_answered(record)]
-
-    records = [
-        same[0].model_copy(
+    merged = [
+        record.model_copy(
             update={
                 "generations": (
-                    *(entry for entry in same[0].generations if entry.method == VANILLA),
-                    *(entry for record in same for entry in record.generations if entry.method != VANILLA),
+                    *(entry for entry in record.generations if entry.method == VANILLA),
+                    *(entry for one in answered for entry in one[key].generations if entry.method != VANILLA),
                 )
             }
         )
-        for same in zip(*(sorted(result.questions, key=place) for result in results), strict=True)
+        for key, record in answered[0].items()
     ]
     skipped = {entry.set: entry.skipped for entry in first.summaries if entry.set != OVERALL}
     methods = tuple(method for result in results for method in result.methods if method.name != VANILLA)
@@ -125,8 +121,8 @@ def merge(results: list[BenchResult], reference: str | None) -> BenchResult:
         update={
             "settings": settings,
             "methods": methods,
-            "summaries": summarise(records, skipped, settings, methods),
-            "questions": tuple(records),
+            "summaries": summarise(merged, skipped, settings, methods),
+            "questions": tuple(merged),
         }
     )
 

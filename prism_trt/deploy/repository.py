@@ -123,8 +123,8 @@ def write_repository(
             "engine": {"profile": manifest.profile, "runtime": manifest.runtime, "versions": manifest.versions},
             "parameters": parameters,
         }
-        write_manifest(temporary, MANIFEST, KIND, fields)
-        _check_hashes(engine, version.relative_to(temporary) / ENGINE_DIRECTORY, read_repository(temporary))
+        written = write_manifest(temporary, MANIFEST, KIND, fields)
+        _check_hashes(engine, version.relative_to(temporary) / ENGINE_DIRECTORY, written)
     return Path(out)
 
 

@@ -211,20 +211,22 @@ def _tree(setting: str) -> RequestTree:
 
 def _announce() -> None:
     """Tell the keeper, if there is one, which process to watch."""
-    if runtime := os.environ.get(RUNTIME_VARIABLE):
+    if announcement := _announcement():
         with contextlib.suppress(OSError):
-            _announcement(runtime).touch()
+            announcement.touch()
 
 
 def _withdraw() -> None:
     """Tell the keeper that this process is going to end as it should."""
-    if runtime := os.environ.get(RUNTIME_VARIABLE):
+    if announcement := _announcement():
         with contextlib.suppress(OSError):
-            _announcement(runtime).unlink()
+            announcement.unlink()
 
 
-def _announcement(runtime: str) -> Path:
-    return Path(runtime) / f"{MODEL_PREFIX}{os.getpid()}"
+def _announcement() -> Path | None:
+    """The file by which a keeper knows this process; None without a keeper."""
+    runtime = os.environ.get(RUNTIME_VARIABLE)
+    return Path(runtime) / f"{MODEL_PREFIX}{os.getpid()}" if runtime else None
 
 
 def _exit_with_parent() -> None:

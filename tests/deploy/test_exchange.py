@@ -27,6 +27,7 @@ from prism_trt.errors import PrismError
 from prism_trt.manifest import own_fields, read_manifest, write_manifest
 from tests.deploy.conftest import SLOTS, TREE
 from tests.deploy.load import LONG
+from tests.deploy.supervised import run_to_the_end
 
 KEY = "kept:by=the,operator/1+1"
 PATIENCE = 60
@@ -156,13 +157,6 @@ def test_an_unloaded_model_is_not_ready_and_not_replaced(exchangeable: TritonSer
     finally:
         server.stop()
         watching.join(PATIENCE)
-
-
-def run_to_the_end(supervisor: Supervisor, said: queue.Queue[str]) -> None:
-    try:
-        supervisor.run()
-    except PrismError as error:
-        said.put(str(error))
 
 
 def test_without_a_key_of_the_operator_nothing_is_unloaded(server: TritonServer) -> None:

@@ -43,6 +43,7 @@ from prism_trt.deploy.supervisor import Supervision, Supervisor
 from prism_trt.errors import PrismError
 from tests.deploy.conftest import SLOTS
 from tests.deploy.load import LONG
+from tests.deploy.supervised import run_to_the_end
 
 ROOT = Path(__file__).parents[2]
 SHARED_MEMORY = Path("/dev/shm")
@@ -380,13 +381,6 @@ def test_a_server_that_hangs_is_replaced(repository: Path) -> None:
         model().kill()
         assert "restart" not in said.get(timeout=10 * PATIENCE), "it gave up, as it was told"
         watching.join(PATIENCE)
-
-
-def run_to_the_end(supervisor: Supervisor, said: queue.Queue[str]) -> None:
-    try:
-        supervisor.run()
-    except PrismError as error:
-        said.put(str(error))
 
 
 @pytest.mark.usefixtures("nothing_left")

@@ -116,7 +116,7 @@ class Deployment:
         """Process numbers by role."""
         found: dict[Role, int] = {}
         for pid in descendants(self.launcher.pid):
-            words = command_of(pid)[:4]
+            words = command_of(pid)[:4]  # the program and what runs it, not its arguments
             found |= {role: pid for role, file in _FILES.items() if any(word.endswith(file) for word in words)}
         return found
 
